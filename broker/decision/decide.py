@@ -1,0 +1,144 @@
+"""The decision: pure, deny by default, and the only place where a Grant is made.
+
+Nothing is read, awaited or remembered here, so deciding again tells whether a credential would be minted again.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import NoReturn
+
+from attestors.contract import Facts
+from broker.action import MAX_INTEGER, Action, canonical_json
+from broker.decision.obligations import Use, combine
+from broker.decision.policy import Policy, Slice
+from broker.decision.question import Answer, put
+from broker.errors import Reason, Refused
+from broker.identity.spiffe_id import SpiffeId
+
+# What tells where the caller runs; the rest of the facts are about the act or about who asked for it.
+_ENVIRONMENT = ("kubernetes", "process", "spire")
+
+_seal = object()  # never leaves this module: what is not sealed with it is no Grant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Leave to mint exactly one credential. Only `decide` makes one; `mint` takes nothing else, and spends it.
+
+    expires_at: the earliest of what bounds it (invariant 3). use: how often the credential counts.
+    policies: ids of the permits that gave it. environment_digest: SHA-256 over RFC 8785 JSON of what the kubernetes,
+    process and spire attestors saw.
+    """
+
+    principal: SpiffeId
+    action: Action
+    expires_at: datetime
+    use: Use
+    policies: tuple[str, ...]
+    policy_revision: str
+    facts: Mapping[str, Facts]
+    environment_digest: bytes
+    seal: InitVar[object]
+    _unspent: list[bool] = field(default_factory=lambda: [True], init=False, repr=False, compare=False)
+
+    def __post_init__(self, seal: object) -> None:
+        if seal is not _seal:
+            raise TypeError("only decide() makes a Grant")
+
+    def spend(self) -> None:
+        """Uses it up. Raises: Refused(ALREADY_USED) when it was spent before."""
+        try:
+            self._unspent.pop()  # atomic: of two threads, one gets the only element
+        except IndexError:
+            raise Refused(Reason.ALREADY_USED, "this grant was spent on a credential before") from None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Grant cannot be copied or stored: decide again")
+
+
+def decide(
+    policy: Policy,
+    principal: SpiffeId,
+    action: Action,
+    facts: Mapping[str, Facts],
+    now: datetime,
+    *,
+    not_after: datetime,
+) -> Grant:
+    """May `principal` do `action`, given `facts`?
+
+    facts: by attestor name; all of them bound the grant, those that the action needs are shown to its policies.
+    not_after: when the caller's SVID, or a parent credential, ends.
+
+    Raises: Refused with UNKNOWN_ACTION, EXPIRED or DENIED; Invalid for parameters that would forge a Cedar value.
+    Not checked: that principal and facts were verified, and that the facts are of this very caller.
+    """
+    part = policy.slice(action.name)
+    if part is None:
+        raise Refused(Reason.UNKNOWN_ACTION, f"no schema declares {action.name}")
+    ends = [not_after, *(fact.expires_at for fact in facts.values() if fact.expires_at is not None)]
+    if min(ends) <= now:
+        raise Refused(Reason.EXPIRED, "the caller's identity or the facts about it have expired")
+    missing = part.required - facts.keys()
+    if missing:
+        raise Refused(Reason.DENIED, f"{action.name} requires evidence that is missing: {', '.join(sorted(missing))}")
+    answer = put(part, principal, action, facts).ask(part.policies, part.schema)
+    if not answer.allowed:
+        raise Refused(Reason.DENIED, _why_not(answer))
+    return _grant(policy, part, answer, principal, action, facts, now, min(ends))
+
+
+def _grant(  # noqa: PLR0913, PLR0917 -- the parts of one value
+    policy: Policy,
+    part: Slice,
+    answer: Answer,
+    principal: SpiffeId,
+    action: Action,
+    facts: Mapping[str, Facts],
+    now: datetime,
+    bound: datetime,
+) -> Grant:
+    obligations = combine(part.obligations[name] for name in answer.policies)
+    return Grant(
+        principal=principal,
+        action=action,
+        expires_at=min(now + obligations.max_ttl, bound),  # obligations are never over 300 s
+        use=obligations.use,
+        policies=answer.policies,
+        policy_revision=policy.revision,
+        facts=MappingProxyType(dict(facts)),
+        environment_digest=_environment_digest(facts),
+        seal=_seal,
+    )
+
+
+def _why_not(answer: Answer) -> str:
+    if answer.errors:
+        return f"not decided without error: {'; '.join(answer.errors)}"
+    if answer.policies:
+        return f"forbidden by {', '.join(answer.policies)}"
+    return "no policy permits it"
+
+
+def _environment_digest(facts: Mapping[str, Facts]) -> bytes:
+    seen = {name: facts[name].values for name in _ENVIRONMENT if name in facts}
+    return hashlib.sha256(canonical_json(seen, plain=_is_plain(seen))).digest()
+
+
+def facts_digest(facts: Facts) -> bytes:
+    """SHA-256 over RFC 8785 JSON of what one attestor saw: what the ledger keeps of it."""
+    return hashlib.sha256(canonical_json(facts.values, plain=_is_plain(facts.values))).digest()
+
+
+def _is_plain(value: object) -> bool:
+    """Whether the fast encoder writes RFC 8785 for it: ASCII strings, booleans, integers that all JSON reads alike."""
+    if isinstance(value, str):
+        return value.isascii()
+    if isinstance(value, Mapping):
+        return all([name.isascii() and _is_plain(item) for name, item in value.items()])
+    if isinstance(value, list):
+        return all([_is_plain(item) for item in value])
+    return isinstance(value, int) and abs(value) <= MAX_INTEGER
