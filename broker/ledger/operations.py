@@ -1,0 +1,323 @@
+"""What can be asked of the store, each as one step of a group commit: `apply(transaction)` gives its answer.
+
+A step either does everything it says or raises Refused before it changed anything; whatever else it raises rolls the
+whole group back. Steps of one group see one another's rows.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import ClassVar, Protocol
+
+from msgspec import Struct
+
+from broker.errors import Reason, Refused
+from broker.ledger import records
+from broker.ledger.transaction import Transaction, microseconds, seconds_up
+
+KEEP_S = 60
+"""Rows of expired credentials stay this much longer: nobody's clock, and no retry, is later than that."""
+PRUNE_ROWS = 256
+"""Rows that one step may delete: it shares its commit with requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRow:
+    """A credential of the current epoch. redeemed_at: None unless it was used up."""
+
+    jti: str
+    seq: int
+    epoch: int
+    expires_at: datetime
+    intent: records.Intent
+    redeemed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redeemed:
+    """A redemption. repeated: the same caller asked again with the same idempotency id and content."""
+
+    redeemed_at: datetime
+    repeated: bool
+
+
+class Operation(Protocol):
+    """One step. covered: its answer waits until a checkpoint outside the store covers what it wrote or read."""
+
+    covered: ClassVar[bool]
+
+    def apply(self, tx: Transaction) -> object:
+        """Does it, inside the transaction. Raises: Refused before any change; apsw.Error."""
+
+
+class Append(Struct, frozen=True, gc=False):
+    """Adds a record: its sequence number."""
+
+    covered: ClassVar[bool] = False
+    body: bytes
+
+    def apply(self, tx: Transaction) -> int:
+        """See the class."""
+        return tx.add(self.body)
+
+
+class AppendAhead(Append, frozen=True, gc=False):
+    """Adds a record that whatever is asked after it must follow, though nobody awaits it (see group.py)."""
+
+
+class AppendIntent(Struct, frozen=True, gc=False):
+    """Adds an intent and its live credential: the intent's sequence number."""
+
+    covered: ClassVar[bool] = False
+    body: bytes
+    jti: str
+    epoch: int
+    expires_at: int
+
+    def apply(self, tx: Transaction) -> int:
+        """See the class."""
+        seq = tx.add(self.body)
+        tx.credentials.append((seq, self.jti, self.epoch, self.expires_at))
+        tx.opened[seq] = self.expires_at
+        return seq
+
+
+class AppendOutcome(Struct, frozen=True, gc=False):
+    """Adds the outcome of an intent, which is then no longer open."""
+
+    covered: ClassVar[bool] = False
+    body: bytes
+    intent: int
+
+    def apply(self, tx: Transaction) -> int:
+        """See the class."""
+        tx.closed.append(self.intent)
+        return tx.add(self.body)
+
+
+class FindCredential(Struct, frozen=True, gc=False):
+    """The credential with this id, if it counts in the current epoch."""
+
+    covered: ClassVar[bool] = False
+    jti: str
+
+    def apply(self, tx: Transaction) -> CredentialRow | None:
+        """See the class."""
+        found = tx.connection.execute(
+            "SELECT c.seq, c.epoch, body, redeemed_at FROM credentials c JOIN records r ON r.seq = c.seq"
+            " LEFT JOIN redemptions d ON d.jti = c.jti WHERE c.jti = ?",
+            (self.jti,),
+        ).fetchone()
+        if found is None or found[1] != tx.epoch:
+            return None
+        intent = records.decode(found[2])
+        if not isinstance(intent, records.Intent) or intent.jti != self.jti:
+            raise Refused(
+                Reason.REVOKED, "the credential's row leads to no intent of its own: run `action-broker ledger verify`"
+            )
+        return CredentialRow(
+            jti=self.jti,
+            seq=found[0],
+            epoch=found[1],
+            expires_at=intent.expires_at,
+            intent=intent,
+            redeemed_at=None if found[3] is None else moment(found[3]),
+        )
+
+
+class Redeem(Struct, frozen=True, gc=False):
+    """Uses a single-use credential up, once in the world.
+
+    The same caller, idempotency id and content get the first answer again until the credential expires.
+    """
+
+    covered: ClassVar[bool] = True
+    jti: str
+    caller: str
+    idempotency_id: str
+    content_sha256: bytes
+    now: datetime
+    correlation_id: str
+
+    def apply(self, tx: Transaction) -> Redeemed:
+        """See the class. Raises: Refused REVOKED, EXPIRED or ALREADY_USED."""
+        credential = tx.connection.execute(
+            "SELECT epoch, expires_at FROM credentials WHERE jti = ?", (self.jti,)
+        ).fetchone()
+        # The batch's own intents are not looked at: nobody holds a credential whose intent is not yet durable.
+        if credential is None or credential[0] != tx.epoch:
+            raise Refused(Reason.REVOKED, "no credential of this epoch has this id")
+        if self.now.timestamp() >= credential[1]:
+            raise Refused(Reason.EXPIRED, "the credential has expired")
+        idempotency = hashlib.sha256(self.idempotency_id.encode()).digest()
+        found = tx.connection.execute(
+            "SELECT caller, idempotency, content, redeemed_at FROM redemptions WHERE jti = ?", (self.jti,)
+        ).fetchone()
+        if found is not None:
+            if found[:3] != (self.caller, idempotency, self.content_sha256):
+                raise Refused(Reason.ALREADY_USED, "redeemed before, by another caller, id or content")
+            return Redeemed(redeemed_at=moment(found[3]), repeated=True)
+        record = records.Redemption(
+            at=self.now,
+            correlation_id=self.correlation_id,
+            jti=self.jti,
+            by=self.caller,
+            idempotency_sha256=idempotency.hex(),
+            content_sha256=self.content_sha256.hex(),
+        )
+        tx.cover = tx.add(records.encode(record))
+        tx.connection.execute(
+            "INSERT INTO redemptions VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                tx.cover,
+                self.jti,
+                self.caller,
+                idempotency,
+                self.content_sha256,
+                microseconds(self.now),
+                credential[1],
+            ),
+        )
+        return Redeemed(redeemed_at=self.now, repeated=False)
+
+
+class BindKey(Struct, frozen=True, gc=False):
+    """Binds the first key seen with an assertion to it: the bound key's thumbprint, whoever's it is."""
+
+    covered: ClassVar[bool] = True
+    assertion_sha256: bytes
+    jkt: str
+    expires_at: datetime
+    now: datetime
+    correlation_id: str
+
+    def apply(self, tx: Transaction) -> str:
+        """See the class. Raises: Refused EXPIRED where its binding may have been forgotten."""
+        found = tx.connection.execute(
+            "SELECT jkt FROM bindings WHERE assertion = ?", (self.assertion_sha256,)
+        ).fetchone()
+        if found is not None:
+            return str(found[0])
+        expires_at = seconds_up(self.expires_at)
+        if expires_at <= int(tx.connection.execute("SELECT bindings_forgotten FROM ledger").get):
+            # It had expired when others like it were forgotten, and now has not: the clock went back.
+            raise Refused(
+                Reason.EXPIRED, "the JWT-SVID may have been used before the clock was set back: fetch a new one"
+            )
+        record = records.KeyBound(
+            at=self.now,
+            correlation_id=self.correlation_id,
+            assertion_sha256=self.assertion_sha256.hex(),
+            jkt=self.jkt,
+            expires_at=self.expires_at,
+        )
+        tx.cover = tx.add(records.encode(record))
+        tx.connection.execute(
+            "INSERT INTO bindings VALUES (?, ?, ?, ?)",
+            (tx.cover, self.assertion_sha256, self.jkt, expires_at),
+        )
+        return self.jkt
+
+
+class PublishKey(Struct, frozen=True, gc=False):
+    """Keeps the signed record of a public key; a second one of the same `kid` replaces the first."""
+
+    covered: ClassVar[bool] = False
+    kid: str
+    record: bytes
+    serve_until: datetime
+    now: datetime
+
+    def apply(self, tx: Transaction) -> None:
+        """See the class."""
+        published = records.KeyPublished(
+            at=self.now,
+            kid=self.kid,
+            record_sha256=hashlib.sha256(self.record).hexdigest(),
+            serve_until=self.serve_until,
+        )
+        tx.add(records.encode(published))
+        tx.connection.execute(
+            "INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (self.kid, self.record, seconds_up(self.serve_until))
+        )
+
+
+class RetireKeys(Struct, frozen=True, gc=False):
+    """Serves the keys there are until `serve_until` at the latest, and of them the last retired `keep` at most."""
+
+    covered: ClassVar[bool] = False
+    serve_until: datetime
+    keep: int
+
+    def apply(self, tx: Transaction) -> None:
+        """See the class."""
+        tx.connection.execute("UPDATE keys SET expires_at = min(expires_at, ?)", (seconds_up(self.serve_until),))
+        tx.connection.execute(
+            "DELETE FROM keys WHERE kid NOT IN (SELECT kid FROM keys ORDER BY expires_at DESC LIMIT ?)", (self.keep,)
+        )
+
+
+class FindKeys(Struct, frozen=True, gc=False):
+    """The records of all keys that are still served, in order of `kid`."""
+
+    covered: ClassVar[bool] = False
+    now: datetime
+
+    def apply(self, tx: Transaction) -> tuple[bytes, ...]:
+        """See the class."""
+        rows = tx.connection.execute(
+            "SELECT record FROM keys WHERE expires_at > ? ORDER BY kid", (self.now.timestamp(),)
+        )
+        return tuple(row[0] for row in rows)
+
+
+class Maintain(Struct, frozen=True, gc=False):
+    """Deletes a few expired index rows, and gives intents whose credential ended without outcome theirs: "unknown".
+
+    probe: also writes, to see whether the store can be written again. Its answer: whether more is to be deleted.
+    Only the oldest rows are looked at: one that lives longer shields those behind it, at most for its own lifetime.
+    The clock may go ahead and back: a redemption stays as long as its credential, which is then unknown, so refused;
+    how long the bindings lived that are gone is remembered, and no assertion that ends before that is bound anew.
+    """
+
+    covered: ClassVar[bool] = False
+    now: datetime
+    probe: bool = False
+
+    def apply(self, tx: Transaction) -> bool:
+        """See the class."""
+        if self.probe:
+            tx.connection.execute("UPDATE ledger SET seq = seq")
+        before = int(self.now.timestamp()) - KEEP_S
+        more = False
+        for table, prunable in {
+            "credentials": "expires_at < ?1",
+            "redemptions": "expires_at < ?1 AND NOT EXISTS (SELECT 1 FROM credentials c WHERE c.jti = redemptions.jti)",
+            "bindings": "expires_at < ?1",
+        }.items():
+            gone = tx.connection.execute(
+                f"DELETE FROM {table} WHERE seq IN (SELECT seq FROM {table} ORDER BY seq LIMIT {PRUNE_ROWS})"  # noqa: S608 - texts from the lines above
+                f" AND {prunable} RETURNING expires_at",
+                (before,),
+            ).fetchall()
+            more |= len(gone) == PRUNE_ROWS
+            if gone and table == "bindings":
+                tx.connection.execute("UPDATE ledger SET bindings_forgotten = max(bindings_forgotten, ?)", max(gone))
+        tx.connection.execute("DELETE FROM keys WHERE expires_at < ?", (before,))
+        for seq, expires_at in tx.open.items():
+            if expires_at >= before or len(tx.closed) >= PRUNE_ROWS:
+                break
+            if seq not in tx.closed:
+                close_as_unknown(tx, seq, self.now)
+        return more
+
+
+def close_as_unknown(tx: Transaction, intent: int, now: datetime) -> None:
+    """Adds the outcome "unknown" of an intent."""
+    outcome = records.Outcome(at=now, intent=intent, result="unknown")
+    AppendOutcome(body=records.encode(outcome), intent=intent).apply(tx)
+
+
+def moment(since_1970: int) -> datetime:
+    """Aware UTC, from microseconds since 1970."""
+    return datetime.fromtimestamp(since_1970 // 1_000_000, UTC).replace(microsecond=since_1970 % 1_000_000)

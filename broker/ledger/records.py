@@ -1,0 +1,248 @@
+"""What is written down: one Struct for each kind of event, and the one way it becomes bytes.
+
+A record is JSON, tagged by `kind`, its fields in the order below; those bytes are what the chain hashes and what the
+store keeps, so they are never encoded twice. `at` is RFC 3339 text in UTC rather than an integer: who reads a ledger
+after an incident reads it beside other systems' logs, and needs no tool of ours to do so.
+
+Hashes only: no credential, proof, key or evidence is ever a field here (DESIGN invariant 10). What is not checked
+here: that principal, action and digests belong together; the caller has verified values for them.
+"""
+
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from broker.action import Action
+from broker.errors import Reason
+
+MAX_DETAIL = 500
+"""Characters of a free text. Details quote what callers send; a ledger is not theirs to fill."""
+
+Time = Annotated[datetime, Meta(tz=True)]
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True, gc=False):
+    """What every record has.
+
+    at: aware UTC. correlation_id: the caller got the same one; empty for what the broker did by itself.
+    """
+
+    at: Time
+    correlation_id: str = ""
+
+
+class ProcessReference(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """The process that asked, as in attestors.contract.Process."""
+
+    pid: int
+    start_time: int
+    uid: int
+    gid: int
+    exe_device: int
+    exe_inode: int
+
+
+class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
+    """About to mint. Durable before a key is used (DESIGN invariant 1).
+
+    action: the bytes of `Action.canonical`, so that SHA-256 over them is `action_digest` (hex).
+    cnf: the confirmation the credential will carry, for example {"jkt": …}: a thumbprint, so a hash.
+    facts: attestor name -> "sha256:…" of the facts' values. epoch: the ledger's, when decided.
+    process: None where the caller is not a process on this node. key_id: of the signing key.
+    authority_sha256: hex, of the authority that vouched for the caller's SVID; empty where it showed none (unix).
+    """
+
+    jti: str
+    credential: str = "action_token"
+    principal: str
+    action: Raw
+    action_digest: str
+    cnf: dict[str, str]
+    use: Literal["once", "single", "ttl"]
+    expires_at: Time
+    epoch: int
+    policies: tuple[str, ...]
+    policy_revision: str
+    facts: dict[str, str]
+    process: ProcessReference | None = None
+    method: Literal["mtls", "unix", "jwt-svid"]
+    key_id: str
+    authority_sha256: str = ""
+
+    def to_action(self) -> Action:
+        """The action as decided. Raises: broker.errors.Invalid when the record was changed and names none."""
+        found = msgspec.json.decode(self.action, type=_ActionJson)
+        return Action.parse(found.action, found.resource, found.audience, bytes(found.parameters))
+
+
+class _ActionJson(Struct, frozen=True, forbid_unknown_fields=True):
+    action: str
+    audience: str
+    parameters: Raw
+    resource: str
+
+
+class Outcome(Event, frozen=True, kw_only=True, tag="outcome", gc=False):
+    """What became of the intent with sequence number `intent`.
+
+    result: "unknown" where the broker ended, or the record was lost, before it could say.
+    credential_sha256: hex, of the credential's bytes; empty unless issued.
+    """
+
+    intent: int
+    result: Literal["issued", "failed", "unknown"]
+    credential_sha256: str = ""
+
+
+class _Bounded(Event, frozen=True, kw_only=True, gc=False):
+    """With a free text that is cut at `MAX_DETAIL` characters."""
+
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.detail) > MAX_DETAIL:
+            msgspec.structs.force_setattr(self, "detail", self.detail[: MAX_DETAIL - 1] + "…")
+
+
+class Refusal(_Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
+    """An answer that was no, to a caller that is known. Strangers are counted instead (`CountedRefusals`).
+
+    action, resource, audience, action_digest: empty where the request never became an action. Parameters are left
+    out: refused requests cost the caller nothing, and 16 KiB each would fill the disk.
+    edge: how the caller was identified ("mtls", "unix", "jwt-svid"). stage: identify, request, check, redeem, explain.
+    """
+
+    reason: Reason
+    principal: str
+    action: str = ""
+    resource: str = ""
+    audience: str = ""
+    action_digest: str = ""
+    edge: str
+    stage: str
+
+
+class CountedRefusals(Event, frozen=True, kw_only=True, tag="counted_refusals", gc=False):
+    """Refusals before anybody was identified, since `since`, by reason."""
+
+    since: Time
+    counts: dict[Reason, int]
+
+
+class Redemption(Event, frozen=True, kw_only=True, tag="redemption", gc=False):
+    """A single-use credential was used up.
+
+    idempotency_sha256: hex, of the caller's idempotency id. content_sha256: hex, of what it asked to redeem.
+    """
+
+    jti: str
+    by: str
+    idempotency_sha256: str
+    content_sha256: str = ""
+
+
+class KeyBound(Event, frozen=True, kw_only=True, tag="key_bound", gc=False):
+    """The first key seen with an assertion.
+
+    assertion_sha256: hex. jkt: the key's RFC 7638 thumbprint. expires_at: of the assertion.
+    """
+
+    assertion_sha256: str
+    jkt: str
+    expires_at: Time | None = None
+
+
+class KeyPublished(Event, frozen=True, kw_only=True, tag="key_published", gc=False):
+    """A signing key's public half is served from now, until `serve_until` at the latest.
+
+    After its process ended (`Started`) it is served only until what it signed has expired.
+
+    kid: its RFC 7638 thumbprint. record_sha256: hex, of the SVID-signed record as published.
+    """
+
+    kid: str
+    record_sha256: str
+    serve_until: Time
+
+
+class PolicyChanged(Event, frozen=True, kw_only=True, tag="policy_changed", gc=False):
+    """Another policy decides from now on."""
+
+    revision: str
+
+
+class Operated(Event, frozen=True, kw_only=True, tag="operated", gc=False):
+    """An operator was allowed to operate the broker, by these policies. resource: what of it, as decided."""
+
+    principal: str
+    action: str
+    resource: str
+    policies: tuple[str, ...]
+    policy_revision: str
+
+
+class EpochStarted(_Bounded, frozen=True, kw_only=True, tag="epoch_started", gc=False):
+    """No credential of an earlier epoch counts from now on (DESIGN invariant 7).
+
+    checkpoint: the outside checkpoint, a signed note, that this store was behind or beside; empty where none was.
+    """
+
+    epoch: int
+    checkpoint: str = ""
+
+
+class Checkpointed(Event, frozen=True, kw_only=True, tag="checkpointed", gc=False):
+    """The chain up to and with record `size` is covered by a checkpoint outside the store."""
+
+    size: int
+
+
+class Started(Event, frozen=True, kw_only=True, tag="started", gc=False):
+    """The store was opened to write. ledger: hex of its random id."""
+
+    ledger: str
+    epoch: int
+
+
+class Stopped(Event, frozen=True, kw_only=True, tag="stopped", gc=False):
+    """The store was closed in good order."""
+
+
+Record = (
+    Intent
+    | Outcome
+    | Refusal
+    | CountedRefusals
+    | Redemption
+    | KeyBound
+    | KeyPublished
+    | PolicyChanged
+    | Operated
+    | EpochStarted
+    | Checkpointed
+    | Started
+    | Stopped
+)
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
+_NO_OFFSET = timedelta(0)
+
+
+def encode(record: Event) -> bytes:
+    """The record's bytes. Raises: ValueError when `at` is not aware UTC (it would not read back as the same moment)."""
+    if record.at.utcoffset() != _NO_OFFSET:
+        raise ValueError("a record's time is aware UTC: pass datetime.now(UTC), read once at the entry point")
+    return _encoder.encode(record)
+
+
+def decode(body: bytes) -> Record:
+    """The record in `body`. Raises: msgspec.ValidationError or msgspec.DecodeError for anything else."""
+    return _decoder.decode(body)
+
+
+def to_json(value: Any) -> str:
+    """`value` as the ledger writes JSON, for printing."""
+    return _encoder.encode(value).decode()

@@ -1,0 +1,173 @@
+"""What opening a store finds out and writes down: a new epoch where it was put back, "unknown" for open intents.
+
+The index tables only repeat what the records say, and nothing but the file's mode protects them. So what they say of
+redemptions and bound keys is written anew from the records at each start: a row that somebody deleted or changed comes
+back. Who can write the file while the broker runs can still make it accept a second redemption, or another key for an
+assertion that he holds, until the next start; then the records show both, and `ledger verify` says so of redemptions.
+"""
+
+import secrets
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+from msgspec import Struct
+
+from broker.errors import Unavailable
+from broker.ledger import chain, records
+from broker.ledger.checkpoint import Checkpoint
+from broker.ledger.operations import KEEP_S, close_as_unknown
+from broker.ledger.schema import unavailable
+from broker.ledger.transaction import Head, Transaction, microseconds, seconds_up
+
+_READ_BACK = timedelta(hours=1, seconds=KEEP_S)
+"""As long as an assertion may live (identity/strict.py); action tokens live for minutes."""
+_READ_BACK_RECORDS = 2_000_000
+"""Seconds of reading, and ten minutes of all that one broker can record."""
+
+
+class _Peek(Struct, frozen=True):
+    """What tells an intent from its outcome, whatever else a record holds."""
+
+    kind: str
+    intent: int = 0
+    expires_at: datetime | None = None
+
+
+_peek = msgspec.json.Decoder(_Peek).decode
+
+
+class _When(Struct, frozen=True):
+    kind: str
+    at: datetime
+
+
+_when = msgspec.json.Decoder(_When).decode
+
+
+def load(connection: apsw.Connection, path: Path) -> tuple[bytes, Head, dict[int, int]]:
+    """The ledger's id, its head, and the open intents (see Transaction.open). A new store gets its id here.
+
+    Raises: Unavailable when head and last record do not belong together, or a record cannot be read.
+    Not checked: the rest of the chain; `verify` reads it all.
+    """
+    connection.execute(
+        "INSERT INTO ledger SELECT 1, ?1, 0, ?2, 0, 0, 1, 0 WHERE NOT EXISTS (SELECT 1 FROM ledger)", _new_ledger()
+    )
+    row: Any = connection.execute("SELECT id, seq, head, epoch, epoch_since, open_from FROM ledger").fetchone()
+    ledger_id, seq, head, epoch, since, open_from = row
+    last = connection.execute("SELECT seq, hash FROM records ORDER BY seq DESC LIMIT 1").fetchone()
+    if (last or (0, chain.genesis(ledger_id))) != (seq, head):
+        raise unavailable(
+            f"the ledger {path} is damaged: its head is not its last record. Keep the file as evidence, see "
+            "`action-broker ledger verify`, then put a good copy back or start with a new store"
+        )
+    still_open: dict[int, int] = {}
+    for number, body in connection.execute("SELECT seq, body FROM records WHERE seq >= ? ORDER BY seq", (open_from,)):
+        try:
+            found = _peek(body)
+        except msgspec.DecodeError as error:
+            raise _damaged(number, path) from error
+        if found.kind == "intent" and found.expires_at is not None:
+            still_open[number] = seconds_up(found.expires_at)
+        elif found.kind == "outcome":
+            still_open.pop(found.intent, None)
+    return ledger_id, Head(seq=seq, hash=head, epoch=epoch, since=since), still_open
+
+
+def _damaged(number: int, path: Path) -> Unavailable:
+    return unavailable(f"record {number} of the ledger {path} is damaged: see `action-broker ledger verify`")
+
+
+def _new_ledger() -> tuple[bytes, bytes]:
+    ledger_id = secrets.token_bytes(32)
+    return ledger_id, chain.genesis(ledger_id)
+
+
+def recover(tx: Transaction, ledger_id: bytes, last: tuple[Checkpoint, bytes] | None, now: datetime) -> None:
+    """Adds what opening has to say.
+
+    That is a new epoch where `last`, the checkpoint outside and its note, asks for one; the outcome "unknown" of each
+    intent that was left open; that the broker started.
+    """
+    why = _new_epoch_because(tx, last)
+    if why:
+        epoch = max(tx.epoch, last[0].epoch if last else 0) + 1
+        note = last[1].decode() if last else ""
+        tx.start_epoch(epoch, now)
+        tx.connection.execute("DELETE FROM keys")  # what they signed no longer counts
+        tx.add(records.encode(records.EpochStarted(at=now, epoch=epoch, detail=why, checkpoint=note)))
+    for seq in tx.open:
+        close_as_unknown(tx, seq, now)
+    tx.add(records.encode(records.Started(at=now, ledger=ledger_id.hex(), epoch=tx.epoch)))
+
+
+def restore_index(connection: apsw.Connection, path: Path, now: datetime) -> None:
+    """Writes the rows of redemptions and bindings anew, as the records of the last hour have them.
+
+    Raises: Unavailable when one of these cannot be read.
+    """
+    forgotten = int(connection.execute("SELECT bindings_forgotten FROM ledger").get)
+    for number, body in _last_records(connection, path, now):
+        try:
+            record = records.decode(body)
+            if isinstance(record, records.Redemption):
+                connection.execute(
+                    "INSERT OR REPLACE INTO redemptions SELECT ?, jti, ?, ?, ?, ?, expires_at FROM credentials"
+                    " WHERE jti = ?",
+                    (
+                        number,
+                        record.by,
+                        bytes.fromhex(record.idempotency_sha256),
+                        bytes.fromhex(record.content_sha256),
+                        microseconds(record.at),
+                        record.jti,
+                    ),
+                )
+            elif isinstance(record, records.KeyBound):
+                expires_at = seconds_up(record.expires_at or record.at + _READ_BACK)
+                if expires_at > forgotten:
+                    connection.execute(
+                        "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?)",
+                        (number, bytes.fromhex(record.assertion_sha256), record.jkt, expires_at),
+                    )
+        except (msgspec.DecodeError, ValueError) as error:
+            raise _damaged(number, path) from error
+
+
+def _last_records(connection: apsw.Connection, path: Path, now: datetime) -> Iterator[tuple[int, bytes]]:
+    """What concerns the index of the last hour, the latest first: of two that claim the same, the first stays last."""
+    since = None
+    rows = connection.execute("SELECT seq, body FROM records ORDER BY seq DESC LIMIT ?", (_READ_BACK_RECORDS,))
+    for number, body in rows:
+        try:
+            record = _when(body)
+            # Also back from the last record's own time, should the clock have been put forward since.
+            since = since or min(now, record.at) - _READ_BACK
+            if record.at < since:
+                break
+        except (msgspec.DecodeError, TypeError) as error:  # TypeError: a time without a zone
+            raise _damaged(number, path) from error
+        if record.kind in ("redemption", "key_bound"):
+            yield number, body
+
+
+def _new_epoch_because(tx: Transaction, last: tuple[Checkpoint, bytes] | None) -> str:
+    """Why no credential issued until now may count; empty when the store is at or past its checkpoint."""
+    if last is None:
+        return "no checkpoint outside: nothing proves that this store is the latest" if tx.seq else "a new ledger"
+    checkpoint = last[0]
+    if checkpoint.size > tx.seq:
+        return f"the store ends at record {tx.seq}, its checkpoint at {checkpoint.size}: it was put back or is another"
+    at_size = tx.head
+    if checkpoint.size < tx.seq:
+        row = tx.connection.execute("SELECT hash FROM records WHERE seq = ?", (checkpoint.size,)).fetchone()
+        at_size = row[0] if row else b""
+    if at_size != checkpoint.head:
+        return f"record {checkpoint.size} is not the one its checkpoint names: the store has another history"
+    if checkpoint.epoch > tx.epoch:
+        return "the checkpoint is of a later epoch than the store"
+    return ""
