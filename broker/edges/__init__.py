@@ -1,0 +1,1 @@
+"""How the outside reaches the broker: gRPC, HTTP and Unix socket."""
