@@ -110,7 +110,7 @@ class Refusal(_Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
     """An answer that was no, to a caller that is known. Strangers are counted instead (`CountedRefusals`).
 
     action, resource, audience, action_digest: empty where the request never became an action. Parameters are left
-    out: refused requests cost the caller nothing, and 16 KiB each would fill the disk.
+    out: refused requests cost the caller nothing, and 4 KiB each would fill the disk.
     edge: how the caller was identified ("mtls", "unix", "jwt-svid"). stage: identify, request, check, redeem, explain.
     """
 

@@ -32,7 +32,7 @@ class Scripted:
         return await answer if asyncio.iscoroutine(answer) else answer
 
     def watch(self):
-        raise NotImplementedError
+        raise AssertionError("gathering facts watches nothing")
 
 
 def saying(name, values=None, *, expires_at=None, claims=None):
