@@ -7,7 +7,7 @@ can later run on another node than the broker. Whatever it needs from outside is
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NewType, Protocol
+from typing import Any, NewType, Protocol
 
 JsonValue = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
@@ -61,11 +61,20 @@ class AttestationRequest:
 
     principal: the SPIFFE ID, verified. process: None where the caller is not a process on this node.
     known: facts that identification already gathered for this very request, by attestor name.
+    parameters: of the action, as the caller sent them. action_digest: SHA-256, 32 bytes; empty where nothing is asked
+    for yet. request_id: the caller's own id of this request, "" for none. evidence: what the caller presents, not
+    verified, by attestor name. credential: the id of the credential that is decided again, "" at its first decision;
+    what it has used up itself, such as an approval, counts as still there.
     """
 
     principal: str
     process: Process | None = None
     known: Mapping[str, Facts] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    action_digest: bytes = b""
+    request_id: str = ""
+    evidence: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    credential: str = ""
 
 
 class Attestor(Protocol):
