@@ -30,8 +30,10 @@ test: $(STAMP) ## unit, integration, scenarios, vectors; parts that come as whee
 	@$(BIN)/python -m pytest -q -m "not spire and not slow" tests
 	@$(BIN)/python tests/tools/missing_parts.py
 
-test-real: $(STAMP) ## everything, on a real SPIRE (built and cached the first time)
+test-real: $(STAMP) ## everything, on a real SPIRE, SoftHSM2, cosign and timestamp authority (fetched once)
 	@$(BIN)/python tests/tools/build_spire.py
+	@$(BIN)/python tests/tools/build_sigstore.py
+	@$(BIN)/python tests/tools/get_softhsm.py
 	@$(BIN)/python -m pytest -q --real tests
 
 check: $(STAMP) ## lint, types, import contracts, generated code fresh

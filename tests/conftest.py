@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tools import parts
 
 HERE = Path(__file__).parent
 
@@ -13,13 +14,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs root where we are not root, and says so; with --real that ends the run."""
-    if os.geteuid() == 0:
-        return
-    left_out = [item for item in items if item.get_closest_marker("root")]
-    if not left_out:
-        return
-    if config.getoption("--real"):
-        raise pytest.UsageError(f"{len(left_out)} tests need root, and with --real nothing is left out")
-    items[:] = [item for item in items if not item.get_closest_marker("root")]
-    config.hook.pytest_deselected(items=left_out)
+    """Leaves out what needs root where we are not root, or a part that is not here, and says so.
+
+    With --real the first ends the run, and for the second the tests bring their part, or fail.
+    """
+    real = config.getoption("--real")
+    if not real:
+        _leave_out(config, items, {"softhsm", "cosign"} - parts.here())
+    if os.geteuid() != 0 and (left_out := _leave_out(config, items, {"root"})) and real:
+        raise pytest.UsageError(f"{left_out} tests need root, and with --real nothing is left out")
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], markers: set[str]) -> int:
+    """How many there were with one of them."""
+    left_out = [item for item in items if any(map(item.get_closest_marker, markers))]
+    if left_out:
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, markers))]
+        config.hook.pytest_deselected(items=left_out)
+    return len(left_out)

@@ -8,21 +8,29 @@ Reads the markers in the test files, without importing them. The markers are tho
 import ast
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":  # then only this file's own folder can be imported from
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import parts
 
 TESTS = Path(__file__).resolve().parents[1]
 # In this order: a test that needs several parts is told under the first.
 NEEDS = {
     "spire": "a real SPIRE: `make test-real` takes it from PATH, or builds it once and keeps it",
     "slow": "minutes: `make test-real` takes them",
+    "cosign": "cosign and timestamp-server: `make test-real` takes them from PATH, or builds them once and keeps them",
+    "softhsm": "SoftHSM2: `make test-real` takes it from the machine, or brings it from its Debian archive",
     "root": "root, since they run processes of other users: `sudo make test-real`",
 }
 
 
-def missing(*, is_root: bool) -> dict[str, str]:
-    """Markers of the tests that `make test` leaves out here, and what those need."""
-    return {marker: what for marker, what in NEEDS.items() if marker != "root" or not is_root}
+def missing(*, is_root: bool, here: Collection[str]) -> dict[str, str]:
+    """Markers of the tests that `make test` leaves out here, and what those need. `here`: as tools.parts gives it."""
+    present = {*here, "root"} if is_root else {*here}
+    return {marker: what for marker, what in NEEDS.items() if marker not in present}
 
 
 def left_out(tests: Path, needs: dict[str, str]) -> Iterator[tuple[str, int, str]]:
@@ -60,9 +68,9 @@ def _marks(node: ast.expr) -> set[str]:
     }
 
 
-def report(tests: Path, *, is_root: bool) -> str:
+def report(tests: Path, *, is_root: bool, here: Collection[str]) -> str:
     """What to print."""
-    needs = missing(is_root=is_root)
+    needs = missing(is_root=is_root, here=here)
     found = list(left_out(tests, needs))
     if not found:
         return "Nothing was left out: every suite ran."
@@ -77,4 +85,4 @@ def report(tests: Path, *, is_root: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{report(TESTS, is_root=os.geteuid() == 0)}\n")
+    sys.stdout.write(f"{report(TESTS, is_root=os.geteuid() == 0, here=parts.here())}\n")

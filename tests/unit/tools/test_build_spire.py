@@ -2,6 +2,7 @@
 
 import pytest
 from tools import build_spire
+from tools.go_tools import as_numbers
 
 
 @pytest.fixture
@@ -43,5 +44,5 @@ def test_another_spire_on_path_is_left_aside(install, server, agent, folders):
 
 
 def test_versions_of_go_are_compared_as_numbers():
-    assert build_spire._as_numbers("1.26.10") > build_spire._as_numbers("1.26.6") > build_spire._as_numbers("1.9.22")
-    assert build_spire._as_numbers("1.27.3-custom X:exp") == (1, 27, 3)
+    assert as_numbers("1.26.10") > as_numbers("1.26.6") > as_numbers("1.9.22")
+    assert as_numbers("1.27.3-custom X:exp") == (1, 27, 3)
