@@ -36,7 +36,16 @@ _URI = re.compile(
 # Encodings that hide a separator or a character that needs none (RFC 3986 section 6.2.2.2): two spellings, one meaning.
 _HIDDEN = re.compile(r"%(?:2F|5C|2E|2D|5F|7E|3[0-9]|4[1-9A-F]|5[0-9A]|6[1-9A-F]|7[0-9A]|0[0-9A-F]|1[0-9A-F]|7F)")
 _DEFAULT_PORT = {"https": "443", "http": "80", "ws": "80", "wss": "443", "postgres": "5432", "postgresql": "5432"}
+# Of a caller's own making: long enough not to meet another's by chance, short enough to keep.
+_RANDOM_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _sorted_json = msgspec.json.Encoder(order="sorted").encode
+
+
+def check_random_id(text: str, what: str) -> str:
+    """Returns `text` if it can be a caller's own id of a request. Raises: Invalid. Not checked: that it is random."""
+    if not _RANDOM_ID.fullmatch(text):
+        raise Invalid(f"{what} is 16 to 64 characters of A-Z a-z 0-9 - _, chosen at random")
+    return text
 
 
 def check_uri(text: str, what: str) -> str:

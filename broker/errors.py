@@ -1,9 +1,10 @@
 """What can go wrong, by who has to act.
 
     BrokerError
-    ├── Refused       we looked, and the answer is no
-    │   └── Invalid   no, because what was sent is malformed
-    └── Unavailable   we could not look, so also no
+    ├── Refused               we looked, and the answer is no
+    │   ├── ApprovalRequired  no, until somebody approves it
+    │   └── Invalid           no, because what was sent is malformed
+    └── Unavailable           we could not look, so also no
 
 Each carries a `Reason`, which the caller sees together with a correlation id, and a `detail`, which only the ledger
 and the log see: policy and facts are nobody else's business. status.py maps reasons to gRPC and HTTP.
@@ -31,6 +32,11 @@ class Reason(StrEnum):
     REVOKED = "revoked"
     UNKNOWN_ACTION = "unknown_action"
     QUOTA = "quota"
+    PROVENANCE_MISSING = "provenance_missing"
+    PROVENANCE_REJECTED = "provenance_rejected"
+    APPROVAL_REQUIRED = "approval_required"
+    SIGNER_UNAVAILABLE = "signer_unavailable"
+    TIMESTAMP_UNAVAILABLE = "timestamp_unavailable"
     ATTESTATION_UNAVAILABLE = "attestation_unavailable"
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     SCOPE_STALE = "scope_stale"
@@ -50,6 +56,15 @@ class BrokerError(Exception):
 
 class Refused(BrokerError):
     """We looked, and the answer is no."""
+
+
+class ApprovalRequired(Refused):
+    """No, until somebody approves. request_digest: hex, what to approve. text: what an approver is shown."""
+
+    def __init__(self, request_digest: str, text: str, detail: str = "") -> None:
+        super().__init__(Reason.APPROVAL_REQUIRED, detail)
+        self.request_digest = request_digest
+        self.text = text
 
 
 class Invalid(Refused):

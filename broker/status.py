@@ -1,8 +1,8 @@
 """The one table from reason to status: what a refusal looks like over gRPC, over HTTP and in OAuth.
 
 Everything that answers (edges, guard) and everything that reads answers (client) uses this table, so a reason means
-the same on every wire. The caller gets the reason and a correlation id and nothing else (invariant 9): `detail` of an
-error never enters a function of this file.
+the same on every wire. The caller gets the reason and a correlation id and nothing else (invariant 9), but for what it
+needs to have its own request approved: `detail` of an error never enters a function of this file.
 
 Sources: WIRE.md "Refusals"; RFC 6749 section 5.2 and RFC 8693 section 2.2.2 (token endpoint), RFC 6750 section 3.1
 (protected resource), RFC 9396 section 5, RFC 9449 sections 5, 7.1 and 8.
@@ -80,6 +80,13 @@ STATUS: Final[Mapping[Reason, Status]] = MappingProxyType(
         Reason.REVOKED: _token(_Code.PERMISSION_DENIED),
         Reason.UNKNOWN_ACTION: Status(grpc=_Code.NOT_FOUND, http=400, oauth="invalid_authorization_details"),
         Reason.QUOTA: Status(grpc=_Code.RESOURCE_EXHAUSTED, http=429, oauth="temporarily_unavailable", token_http=429),
+        Reason.PROVENANCE_MISSING: _denied(),
+        Reason.PROVENANCE_REJECTED: _denied(),
+        Reason.APPROVAL_REQUIRED: Status(
+            grpc=_Code.FAILED_PRECONDITION, http=403, oauth="access_denied", token_http=403
+        ),
+        Reason.SIGNER_UNAVAILABLE: _AWAY,
+        Reason.TIMESTAMP_UNAVAILABLE: _AWAY,
         Reason.ATTESTATION_UNAVAILABLE: _AWAY,
         Reason.LEDGER_UNAVAILABLE: _AWAY,
         Reason.SCOPE_STALE: _AWAY,
@@ -89,10 +96,12 @@ STATUS: Final[Mapping[Reason, Status]] = MappingProxyType(
 )
 
 
-def rich_status(reason: Reason, correlation_id: str, *, retry_after_ms: int | None = None) -> status_pb2.Status:
-    """A google.rpc.Status: ErrorInfo with the reason and our domain, RequestInfo with the correlation id."""
+def rich_status(
+    reason: Reason, correlation_id: str, *, retry_after_ms: int | None = None, told: Mapping[str, str] | None = None
+) -> status_pb2.Status:
+    """A google.rpc.Status: ErrorInfo with the reason, our domain and `told`, RequestInfo with the correlation id."""
     details: list[message.Message] = [
-        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=told),
         error_details_pb2.RequestInfo(request_id=correlation_id),
     ]
     if retry_after_ms is not None:
@@ -108,10 +117,10 @@ def rich_status(reason: Reason, correlation_id: str, *, retry_after_ms: int | No
 
 
 def error_info_trailers(
-    reason: Reason, correlation_id: str, *, retry_after_ms: int | None = None
+    reason: Reason, correlation_id: str, *, retry_after_ms: int | None = None, told: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, str | bytes], ...]:
     """The trailing metadata of a gRPC refusal. Abort with `STATUS[reason].grpc`, message `reason` and these."""
-    rich = rich_status(reason, correlation_id, retry_after_ms=retry_after_ms)
+    rich = rich_status(reason, correlation_id, retry_after_ms=retry_after_ms, told=told)
     return (DETAILS, rich.SerializeToString()), (CORRELATION_ID, correlation_id)
 
 

@@ -1,4 +1,6 @@
-"""Who is asking, on every request: an X.509-SVID, a JWT-SVID beside a key proof, or the process behind a Unix socket.
+"""Who is asking, on every request: an X.509-SVID, a JWT-SVID beside a key proof, the process behind a Unix socket.
+
+People, who have no SVID, come with an ID token (id_token.py), and only to approve what others ask for.
 
 Whatever the transport, the answer is the same kind of value. That a caller holds the key it names is checked where the
 proof is (exchange.py); over mutual TLS the handshake was the proof.
@@ -13,12 +15,13 @@ from attestors.contract import AttestationFailed, AttestationUnavailable, Facts,
 from broker.errors import Reason, Refused, Unavailable
 from broker.identity import jwt_svid, x509_svid
 from broker.identity.jwt_svid import verify_jwt_svid
+from broker.identity.person import PersonId, Principal
 from broker.identity.spiffe_id import SpiffeId
 from broker.identity.strict import require_client_assertion
 from broker.identity.trust import TrustSnapshot
 from broker.identity.x509_svid import verify_x509_svid
 
-Transport = Literal["mtls", "unix", "jwt-svid"]
+Transport = Literal["mtls", "unix", "jwt-svid", "id-token"]
 
 
 class UnixPeer(Protocol):
@@ -54,12 +57,13 @@ def entitlements(look: Entitlements) -> Entitlements:
 class Identified:
     """A verified identity, for this request only.
 
-    expires_at: of the SVID, or of what SPIRE said of the process. leaf_sha256: of the client certificate (mtls).
-    assertion_sha256, issued_at: of the JWT-SVID (jwt-svid). process, known: of the process (unix), and what was just
-    learned of it. authority_sha256: of the authority that vouched for the SVID (mtls, jwt-svid).
+    principal: the workload, or the person (id-token). expires_at: of the SVID or ID token, or of what SPIRE said of the
+    process. leaf_sha256: of the client certificate (mtls). assertion_sha256, issued_at: of the JWT-SVID (jwt-svid) or
+    ID token. process: of the caller (unix). known: what was just learned of the process or person.
+    authority_sha256: of the authority that vouched for the SVID (mtls, jwt-svid).
     """
 
-    spiffe_id: SpiffeId
+    principal: Principal
     transport: Transport
     expires_at: datetime
     leaf_sha256: bytes | None = None
@@ -68,6 +72,13 @@ class Identified:
     process: Process | None = None
     known: Mapping[str, Facts] = field(default_factory=dict)
     authority_sha256: bytes | None = None
+
+    @property
+    def spiffe_id(self) -> SpiffeId:
+        """The workload's. Raises: Refused for a person, who has none."""
+        if isinstance(self.principal, PersonId):
+            raise Refused(Reason.UNAUTHENTICATED, "a person has no SPIFFE ID: this is for workloads alone")
+        return self.principal
 
 
 def by_certificate(chain: Sequence[bytes], snapshot: TrustSnapshot, now: datetime) -> Identified:
@@ -78,7 +89,7 @@ def by_certificate(chain: Sequence[bytes], snapshot: TrustSnapshot, now: datetim
     """
     svid = verify_x509_svid(chain, snapshot, now, peer="client")
     return Identified(
-        spiffe_id=svid.spiffe_id,
+        principal=svid.spiffe_id,
         transport="mtls",
         expires_at=svid.not_after,
         leaf_sha256=svid.leaf_sha256,
@@ -94,7 +105,7 @@ def by_assertion(assertion: str, snapshot: TrustSnapshot, now: datetime, *, issu
     svid = verify_jwt_svid(assertion, snapshot, now, audience=issuer)
     require_client_assertion(svid, issuer, now)
     return Identified(
-        spiffe_id=svid.spiffe_id,
+        principal=svid.spiffe_id,
         transport="jwt-svid",
         expires_at=svid.expires_at,
         assertion_sha256=svid.token_sha256,
@@ -133,7 +144,7 @@ async def by_process(peer: UnixPeer, entitlements: Entitlements, now: datetime, 
     if wanted and wanted not in ids:
         raise Refused(Reason.NOT_ATTESTED, "the process is not entitled to the SPIFFE ID that it named")
     return Identified(
-        spiffe_id=SpiffeId.parse(wanted or str(ids[0])),
+        principal=SpiffeId.parse(wanted or str(ids[0])),
         transport="unix",
         expires_at=facts.expires_at,
         process=peer.process,

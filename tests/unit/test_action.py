@@ -19,6 +19,7 @@ from broker.action import (
     Action,
     ancestors,
     canonical_json,
+    check_random_id,
     check_uri,
     parse_parameters,
 )
@@ -337,3 +338,31 @@ def test_an_action_cannot_be_changed_after_it_was_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         REFUND.name = "orders.read"
     assert REFUND.digest.hex() not in repr(Action("a", RESOURCE, AUDIENCE))
+
+
+@pytest.mark.parametrize("text", ["a" * 16, "a" * 64, "AZaz09-_" * 2])
+def test_a_callers_own_id_is_one_word_that_others_would_not_meet_by_chance(text: str) -> None:
+    assert check_random_id(text, "it") == text
+    for wrong in (
+        "",
+        text[:15],
+        "a" * 65,
+        f"{text[:15]}\n",
+        f"{text[:15]}\n\n",
+        f"{text[:14]}é",
+        f"{text[:15]}|{text}",
+    ):
+        with pytest.raises(Invalid, match="16 to 64"):
+            check_random_id(wrong, "it")
+
+
+def test_no_other_byte_is_in_a_callers_own_id() -> None:
+    taken = {chr(byte) for byte in range(256) if _is_taken("a" * 15 + chr(byte))}
+    assert taken == set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+def _is_taken(text: str) -> bool:
+    try:
+        return bool(check_random_id(text, "it"))
+    except Invalid:
+        return False

@@ -5,7 +5,15 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from broker.errors import Reason
-from broker.status import CORRELATION_ID, DETAILS, DOMAIN, STATUS, error_info_trailers, reason_of, www_authenticate
+from broker.status import (
+    CORRELATION_ID,
+    DETAILS,
+    DOMAIN,
+    STATUS,
+    error_info_trailers,
+    reason_of,
+    www_authenticate,
+)
 
 # WIRE.md, "Refusals".
 WIRE = {
@@ -17,7 +25,16 @@ WIRE = {
         "invalid_dpop_proof",
         "use_dpop_nonce",
     },
-    "PERMISSION_DENIED 403": {"not_attested", "evidence_mismatch", "denied", "out_of_scope", "wrong_audience"},
+    "PERMISSION_DENIED 403": {
+        "not_attested",
+        "evidence_mismatch",
+        "denied",
+        "out_of_scope",
+        "wrong_audience",
+        "provenance_missing",
+        "provenance_rejected",
+    },
+    "FAILED_PRECONDITION 403": {"approval_required"},
     "PERMISSION_DENIED 401": {"expired", "already_used", "revoked"},
     "NOT_FOUND 400": {"unknown_action"},
     "RESOURCE_EXHAUSTED 429": {"quota"},
@@ -26,6 +43,8 @@ WIRE = {
         "ledger_unavailable",
         "scope_stale",
         "identity_unavailable",
+        "signer_unavailable",
+        "timestamp_unavailable",
         "broker_unreachable",  # a client's own word, for a broker that did not answer
     },
 }
@@ -59,6 +78,18 @@ def test_oauth_errors_are_registered_ones(reason: Reason) -> None:
     assert status.token_http in {400, 401, 403, 429, 503}
     assert (status.oauth == "invalid_client") == (status.token_http == 401)  # RFC 6749 section 5.2
     assert (status.grpc is grpc.StatusCode.UNAVAILABLE) == (status.http == status.token_http == 503)
+
+
+def test_who_lacks_approvals_is_told_what_to_have_approved_and_nobody_else_is_told_more() -> None:
+    told = {"request_digest": "0" * 64, "text": "what it asks for"}
+    assert told_by(error_info_trailers(Reason.APPROVAL_REQUIRED, "the-id", told=told)) == told
+    assert told_by(error_info_trailers(Reason.DENIED, "the-id")) == {}
+
+
+def told_by(trailers: tuple[tuple[str, str | bytes], ...]) -> dict[str, str]:
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(dict(trailers)[DETAILS]).details[0].Unpack(info)
+    return dict(info.metadata)
 
 
 @pytest.mark.parametrize("reason", Reason)

@@ -31,8 +31,13 @@ class RequestActionTokenRequest(_message.Message):
 
     ACTION_FIELD_NUMBER: _builtins.int
     SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     spiffe_id: _builtins.str
     """Which identity to act as, where SPIRE gives the process more than one."""
+    request_id: _builtins.str
+    """16 to 64 characters of A-Z a-z 0-9 - _ chosen at random by the caller, where policy asks for approvals: they are
+    given to this id, this caller and this action together, and are good for one token.
+    """
     @_builtins.property
     def action(self) -> _action_pb2.Action: ...
     def __init__(
@@ -40,10 +45,11 @@ class RequestActionTokenRequest(_message.Message):
         *,
         action: _action_pb2.Action | None = ...,
         spiffe_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "request_id", b"request_id", "spiffe_id", b"spiffe_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

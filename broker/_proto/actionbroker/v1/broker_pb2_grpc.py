@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from broker._proto.actionbroker.v1 import broker_pb2 as actionbroker_dot_v1_dot_broker__pb2
+from broker._proto.actionbroker.v1 import signing_pb2 as actionbroker_dot_v1_dot_signing__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -59,6 +60,21 @@ class ActionBrokerStub:
                 request_serializer=actionbroker_dot_v1_dot_broker__pb2.RedeemRequest.SerializeToString,
                 response_deserializer=actionbroker_dot_v1_dot_broker__pb2.RedeemResponse.FromString,
                 _registered_method=True)
+        self.RequestSigningGrant = channel.unary_unary(
+                '/actionbroker.v1.ActionBroker/RequestSigningGrant',
+                request_serializer=actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantRequest.SerializeToString,
+                response_deserializer=actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantResponse.FromString,
+                _registered_method=True)
+        self.Sign = channel.unary_unary(
+                '/actionbroker.v1.ActionBroker/Sign',
+                request_serializer=actionbroker_dot_v1_dot_signing__pb2.SignRequest.SerializeToString,
+                response_deserializer=actionbroker_dot_v1_dot_signing__pb2.SignResponse.FromString,
+                _registered_method=True)
+        self.IssueSigningCertificate = channel.unary_unary(
+                '/actionbroker.v1.ActionBroker/IssueSigningCertificate',
+                request_serializer=actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateRequest.SerializeToString,
+                response_deserializer=actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/actionbroker.v1.ActionBroker/Explain',
                 request_serializer=actionbroker_dot_v1_dot_broker__pb2.ExplainRequest.SerializeToString,
@@ -104,6 +120,28 @@ class ActionBrokerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RequestSigningGrant(self, request, context):
+        """Grants one signature over artifacts that are named by their digests, after a fresh look at caller, provenance and
+        approvals. Good for one Sign or one IssueSigningCertificate, at most 120 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sign(self, request, context):
+        """Spends a signing grant on a signature: by a key made for it, certified and destroyed, or by the named key it is for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueSigningCertificate(self, request, context):
+        """Spends a signing grant on a certificate for the caller's own key. Only where policy says @agent_key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """A dry run that says which condition failed. An operator's action, decided by policy ("broker.operate").
         """
@@ -138,6 +176,21 @@ def add_ActionBrokerServicer_to_server(servicer, server):
                     servicer.Redeem,
                     request_deserializer=actionbroker_dot_v1_dot_broker__pb2.RedeemRequest.FromString,
                     response_serializer=actionbroker_dot_v1_dot_broker__pb2.RedeemResponse.SerializeToString,
+            ),
+            'RequestSigningGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestSigningGrant,
+                    request_deserializer=actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantRequest.FromString,
+                    response_serializer=actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantResponse.SerializeToString,
+            ),
+            'Sign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sign,
+                    request_deserializer=actionbroker_dot_v1_dot_signing__pb2.SignRequest.FromString,
+                    response_serializer=actionbroker_dot_v1_dot_signing__pb2.SignResponse.SerializeToString,
+            ),
+            'IssueSigningCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueSigningCertificate,
+                    request_deserializer=actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateRequest.FromString,
+                    response_serializer=actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -280,6 +333,87 @@ class ActionBroker:
             '/actionbroker.v1.ActionBroker/Redeem',
             actionbroker_dot_v1_dot_broker__pb2.RedeemRequest.SerializeToString,
             actionbroker_dot_v1_dot_broker__pb2.RedeemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestSigningGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/actionbroker.v1.ActionBroker/RequestSigningGrant',
+            actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantRequest.SerializeToString,
+            actionbroker_dot_v1_dot_signing__pb2.RequestSigningGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/actionbroker.v1.ActionBroker/Sign',
+            actionbroker_dot_v1_dot_signing__pb2.SignRequest.SerializeToString,
+            actionbroker_dot_v1_dot_signing__pb2.SignResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueSigningCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/actionbroker.v1.ActionBroker/IssueSigningCertificate',
+            actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateRequest.SerializeToString,
+            actionbroker_dot_v1_dot_signing__pb2.IssueSigningCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

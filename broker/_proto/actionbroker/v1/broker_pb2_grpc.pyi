@@ -9,6 +9,7 @@ this connection carried in "dpop-nonce". docs/api.md has an example of each call
 """
 
 from broker._proto.actionbroker.v1 import broker_pb2 as _broker_pb2
+from broker._proto.actionbroker.v1 import signing_pb2 as _signing_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -46,6 +47,14 @@ class ActionBrokerStub:
     """Asks whether a token would be minted again now. Only for the token's own audience."""
     Redeem: _grpc.UnaryUnaryMultiCallable[_broker_pb2.RedeemRequest, _broker_pb2.RedeemResponse]
     """Uses a single-use token up. Only for the token's own audience."""
+    RequestSigningGrant: _grpc.UnaryUnaryMultiCallable[_signing_pb2.RequestSigningGrantRequest, _signing_pb2.RequestSigningGrantResponse]
+    """Grants one signature over artifacts that are named by their digests, after a fresh look at caller, provenance and
+    approvals. Good for one Sign or one IssueSigningCertificate, at most 120 seconds.
+    """
+    Sign: _grpc.UnaryUnaryMultiCallable[_signing_pb2.SignRequest, _signing_pb2.SignResponse]
+    """Spends a signing grant on a signature: by a key made for it, certified and destroyed, or by the named key it is for."""
+    IssueSigningCertificate: _grpc.UnaryUnaryMultiCallable[_signing_pb2.IssueSigningCertificateRequest, _signing_pb2.IssueSigningCertificateResponse]
+    """Spends a signing grant on a certificate for the caller's own key. Only where policy says @agent_key."""
     Explain: _grpc.UnaryUnaryMultiCallable[_broker_pb2.ExplainRequest, _broker_pb2.ExplainResponse]
     """A dry run that says which condition failed. An operator's action, decided by policy ("broker.operate")."""
 
@@ -62,6 +71,14 @@ class ActionBrokerAsyncStub(ActionBrokerStub):
     """Asks whether a token would be minted again now. Only for the token's own audience."""
     Redeem: _aio.UnaryUnaryMultiCallable[_broker_pb2.RedeemRequest, _broker_pb2.RedeemResponse]  # type: ignore[assignment]
     """Uses a single-use token up. Only for the token's own audience."""
+    RequestSigningGrant: _aio.UnaryUnaryMultiCallable[_signing_pb2.RequestSigningGrantRequest, _signing_pb2.RequestSigningGrantResponse]  # type: ignore[assignment]
+    """Grants one signature over artifacts that are named by their digests, after a fresh look at caller, provenance and
+    approvals. Good for one Sign or one IssueSigningCertificate, at most 120 seconds.
+    """
+    Sign: _aio.UnaryUnaryMultiCallable[_signing_pb2.SignRequest, _signing_pb2.SignResponse]  # type: ignore[assignment]
+    """Spends a signing grant on a signature: by a key made for it, certified and destroyed, or by the named key it is for."""
+    IssueSigningCertificate: _aio.UnaryUnaryMultiCallable[_signing_pb2.IssueSigningCertificateRequest, _signing_pb2.IssueSigningCertificateResponse]  # type: ignore[assignment]
+    """Spends a signing grant on a certificate for the caller's own key. Only where policy says @agent_key."""
     Explain: _aio.UnaryUnaryMultiCallable[_broker_pb2.ExplainRequest, _broker_pb2.ExplainResponse]  # type: ignore[assignment]
     """A dry run that says which condition failed. An operator's action, decided by policy ("broker.operate")."""
 
@@ -105,6 +122,32 @@ class ActionBrokerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_broker_pb2.RedeemResponse, _abc.Awaitable[_broker_pb2.RedeemResponse]]:
         """Uses a single-use token up. Only for the token's own audience."""
+
+    @_abc_1.abstractmethod
+    def RequestSigningGrant(
+        self,
+        request: _signing_pb2.RequestSigningGrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_signing_pb2.RequestSigningGrantResponse, _abc.Awaitable[_signing_pb2.RequestSigningGrantResponse]]:
+        """Grants one signature over artifacts that are named by their digests, after a fresh look at caller, provenance and
+        approvals. Good for one Sign or one IssueSigningCertificate, at most 120 seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def Sign(
+        self,
+        request: _signing_pb2.SignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_signing_pb2.SignResponse, _abc.Awaitable[_signing_pb2.SignResponse]]:
+        """Spends a signing grant on a signature: by a key made for it, certified and destroyed, or by the named key it is for."""
+
+    @_abc_1.abstractmethod
+    def IssueSigningCertificate(
+        self,
+        request: _signing_pb2.IssueSigningCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_signing_pb2.IssueSigningCertificateResponse, _abc.Awaitable[_signing_pb2.IssueSigningCertificateResponse]]:
+        """Spends a signing grant on a certificate for the caller's own key. Only where policy says @agent_key."""
 
     @_abc_1.abstractmethod
     def Explain(
