@@ -6,8 +6,12 @@ from datetime import datetime
 
 from attestors.contract import AttestationFailed, AttestationRequest, AttestationUnavailable, Attestor, Facts
 from broker.decision.policy import Slice
-from broker.decision.rules import ASKED
+from broker.decision.question import PROVENANCE
+from broker.decision.rules import ASKED, IDENTIFIED
 from broker.errors import BrokerError, Reason, Refused, Unavailable
+
+# What a caller hears of evidence that is wrong or too old, where it is not about the caller: it may have better.
+_FAILED = {PROVENANCE: Reason.PROVENANCE_REJECTED}
 
 
 class Attestation:
@@ -18,7 +22,7 @@ class Attestation:
 
     def __init__(self, attestors: Mapping[str, Attestor], deadline_s: float) -> None:
         for name, attestor in attestors.items():
-            if name in ASKED or name != attestor.name:
+            if name in ASKED | IDENTIFIED or name != attestor.name:
                 raise ValueError(f"attestor {attestor.name} cannot fill context.{name}")
         self._attestors = dict(attestors)
         self._deadline_s = deadline_s
@@ -33,11 +37,12 @@ class Attestation:
 
         Facts that identification gathered for this very request are taken as they are.
 
-        Raises: Refused(NOT_ATTESTED) when one looked and the caller is not what it claims; Refused(EXPIRED);
-        Unavailable when one could not look, failed, took too long or is not configured. A refusal outweighs those.
+        Raises: Refused(NOT_ATTESTED) when one looked and the caller is not what it claims, Refused(PROVENANCE_REJECTED)
+        when it was the artifacts' provenance; Refused(EXPIRED); Unavailable when one could not look, failed, took too
+        long or is not configured. A refusal outweighs those.
         """
         found = {name: request.known[name] for name in part.attestors & request.known.keys()}
-        waiting = sorted(part.attestors - found.keys())
+        waiting = sorted(part.attestors - found.keys() - IDENTIFIED)
         if waiting:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._attest(name, request, now)) for name in waiting]
@@ -48,7 +53,7 @@ class Attestation:
             found |= {facts.attestor: facts for facts in answers if isinstance(facts, Facts)}
         for name, facts in found.items():
             if facts.expires_at is not None and facts.expires_at <= now:
-                raise Refused(Reason.EXPIRED, f"{name} facts had expired when they were gathered")
+                raise Refused(_FAILED.get(name, Reason.EXPIRED), f"{name} facts had expired when they were gathered")
         return found
 
     async def _attest(self, name: str, request: AttestationRequest, now: datetime) -> Facts | BrokerError | None:
@@ -60,7 +65,7 @@ class Attestation:
             async with asyncio.timeout(self._deadline_s):
                 facts = await attestor.attest(request, now)
         except AttestationFailed as error:
-            return Refused(Reason.NOT_ATTESTED, f"{name}: {error}")
+            return Refused(_FAILED.get(name, Reason.NOT_ATTESTED), f"{name}: {error}")
         except AttestationUnavailable as error:
             problem = str(error)
         except TimeoutError:

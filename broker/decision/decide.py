@@ -5,6 +5,7 @@ Nothing is read, awaited or remembered here, so deciding again tells whether a c
 
 import hashlib
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -14,9 +15,9 @@ from attestors.contract import Facts
 from broker.action import MAX_INTEGER, Action, canonical_json
 from broker.decision.obligations import Use, combine
 from broker.decision.policy import Policy, Slice
-from broker.decision.question import Answer, put
+from broker.decision.question import PROVENANCE, Answer, asked_signer, put
 from broker.errors import Reason, Refused
-from broker.identity.spiffe_id import SpiffeId
+from broker.identity.person import Principal
 
 # What tells where the caller runs; the rest of the facts are about the act or about who asked for it.
 _ENVIRONMENT = ("kubernetes", "process", "spire")
@@ -29,11 +30,12 @@ class Grant:
     """Leave to mint exactly one credential. Only `decide` makes one; `mint` takes nothing else, and spends it.
 
     expires_at: the earliest of what bounds it (invariant 3). use: how often the credential counts.
-    policies: ids of the permits that gave it. environment_digest: SHA-256 over RFC 8785 JSON of what the kubernetes,
-    process and spire attestors saw.
+    policies: ids of the permits that gave it; where a signature is asked for, those that give its signer.
+    environment_digest: SHA-256 over RFC 8785 JSON of what the kubernetes, process and spire attestors saw.
+    provenance_digest: the same of what the provenance attestor saw, None where it saw nothing.
     """
 
-    principal: SpiffeId
+    principal: Principal
     action: Action
     expires_at: datetime
     use: Use
@@ -41,6 +43,7 @@ class Grant:
     policy_revision: str
     facts: Mapping[str, Facts]
     environment_digest: bytes
+    provenance_digest: bytes | None
     seal: InitVar[object]
     _unspent: list[bool] = field(default_factory=lambda: [True], init=False, repr=False, compare=False)
 
@@ -61,7 +64,7 @@ class Grant:
 
 def decide(
     policy: Policy,
-    principal: SpiffeId,
+    principal: Principal,
     action: Action,
     facts: Mapping[str, Facts],
     now: datetime,
@@ -71,9 +74,12 @@ def decide(
     """May `principal` do `action`, given `facts`?
 
     facts: by attestor name; all of them bound the grant, those that the action needs are shown to its policies.
-    not_after: when the caller's SVID, or a parent credential, ends.
+    not_after: when the caller's SVID, a parent credential or the person's ID token ends.
 
-    Raises: Refused with UNKNOWN_ACTION, EXPIRED or DENIED; Invalid for parameters that would forge a Cedar value.
+    A signature is granted only by permits that give the signer that is asked for; these alone bound it.
+
+    Raises: Refused with UNKNOWN_ACTION, EXPIRED, PROVENANCE_MISSING or DENIED; Invalid for parameters that would
+    forge a Cedar value.
     Not checked: that principal and facts were verified, and that the facts are of this very caller.
     """
     part = policy.slice(action.name)
@@ -84,33 +90,51 @@ def decide(
         raise Refused(Reason.EXPIRED, "the caller's identity or the facts about it have expired")
     missing = part.required - facts.keys()
     if missing:
-        raise Refused(Reason.DENIED, f"{action.name} requires evidence that is missing: {', '.join(sorted(missing))}")
+        reason = reason_of_missing(missing)
+        raise Refused(reason, f"{action.name} requires evidence that is missing: {', '.join(sorted(missing))}")
     answer = put(part, principal, action, facts).ask(part.policies, part.schema)
     if not answer.allowed:
         raise Refused(Reason.DENIED, _why_not(answer))
-    return _grant(policy, part, answer, principal, action, facts, now, min(ends))
+    granting = granted_by(part, answer, action)
+    if not granting:
+        raise Refused(Reason.DENIED, f"no policy that permits it gives the signer {asked_signer(action)!r:.80}")
+    return _grant(policy, part, granting, principal, action, facts, now, min(ends))
+
+
+def granted_by(part: Slice, answer: Answer, action: Action) -> tuple[str, ...]:
+    """Which of the policies that allowed it give what is asked for: all, or those that give the signer."""
+    signer = asked_signer(action)
+    if signer is None:
+        return answer.policies
+    return tuple(name for name in answer.policies if part.obligations[name].gives(signer))
+
+
+def reason_of_missing(missing: AbstractSet[str]) -> Reason:
+    """What a caller hears when evidence that the schema requires is missing."""
+    return Reason.PROVENANCE_MISSING if PROVENANCE in missing else Reason.DENIED
 
 
 def _grant(  # noqa: PLR0913, PLR0917 -- the parts of one value
     policy: Policy,
     part: Slice,
-    answer: Answer,
-    principal: SpiffeId,
+    granting: tuple[str, ...],
+    principal: Principal,
     action: Action,
     facts: Mapping[str, Facts],
     now: datetime,
     bound: datetime,
 ) -> Grant:
-    obligations = combine(part.obligations[name] for name in answer.policies)
+    obligations = combine(part.obligations[name] for name in granting)
     return Grant(
         principal=principal,
         action=action,
         expires_at=min(now + obligations.max_ttl, bound),  # obligations are never over 300 s
         use=obligations.use,
-        policies=answer.policies,
+        policies=granting,
         policy_revision=policy.revision,
         facts=MappingProxyType(dict(facts)),
         environment_digest=_environment_digest(facts),
+        provenance_digest=facts_digest(facts[PROVENANCE]) if PROVENANCE in facts else None,
         seal=_seal,
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from cedarpy import Schema
 
 from broker.action import Action
+from broker.artifacts import PARAMETER
 from broker.decision.findings import Defect, Finding
 from broker.decision.source import check_text, statements
 from broker.errors import Invalid
@@ -25,6 +26,7 @@ BASE_FILE = "base.cedarschema"
 BASE_SCHEMA = (Path(__file__).parent / BASE_FILE).read_text(encoding="utf-8")
 # Cedar's schema compiler ends the process (stack overflow) on a chain of some thousand groups of groups.
 MAX_DECLARATIONS = 4000
+SIGNING_TYPE = "Signing"  # of the base schema: a parameter "signing" is this, and asks for a signature
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\w+|::|\S', re.DOTALL)
 _NAMESPACE = re.compile(r"^namespace ", re.MULTILINE)  # in Cedar's own writing, where strings hold no line ends
 
@@ -33,12 +35,14 @@ _NAMESPACE = re.compile(r"^namespace ", re.MULTILINE)  # in Cedar's own writing,
 class ActionDeclaration:
     """One action. groups: all above it, however far. context: attribute name → whether it is required.
 
+    signing: the type of `parameters.signing`, as Cedar writes it, or "" where its parameters have no such member.
     requestable: it applies to something; an action without `appliesTo` is only a group of others.
     """
 
     name: str
     groups: frozenset[str]
     context: Mapping[str, bool]
+    signing: str
     requestable: bool
 
 
@@ -76,6 +80,8 @@ def read_declarations(schemas: Mapping[str, str]) -> Declarations | list[Finding
         return [Finding(defect=Defect.SCHEMA, file="", problem="a schema declares a namespace", fix=fix)]
     declarations = _understand(schema)
     findings = [_unaskable(name, schemas) for name in declarations.actions if not _is_action_name(name)]
+    signing = (name for name, action in declarations.actions.items() if action.signing not in {"", SIGNING_TYPE})
+    findings += [_signs_otherwise(name, schemas) for name in signing]
     return findings or declarations
 
 
@@ -114,11 +120,7 @@ def _is_action_name(name: str) -> bool:
 
 
 def _unaskable(name: str, schemas: Mapping[str, str]) -> Finding:
-    file, line = "", 0
-    for file, text in schemas.items():  # noqa: B007 -- the last one is blamed when none shows the name plainly
-        line = next((s.line for s in statements(text) if f'"{name}"' in s.text), 0)
-        if line:
-            break
+    file, line = _place_of(name, schemas)
     return Finding(
         defect=Defect.ACTION_NAME,
         file=file,
@@ -126,6 +128,27 @@ def _unaskable(name: str, schemas: Mapping[str, str]) -> Finding:
         problem=f'no request can ask for action "{name}"',
         fix="Name it with dotted letters, digits, _ and -, at most 128 characters, such as orders.refund.",
     )
+
+
+def _signs_otherwise(name: str, schemas: Mapping[str, str]) -> Finding:
+    file, line = _place_of(name, schemas)
+    return Finding(
+        defect=Defect.SCHEMA,
+        file=file,
+        line=line,
+        problem=f'the parameter "{PARAMETER}" of action "{name}" is not what a signature is asked for with',
+        fix=f"Declare it as `{PARAMETER}: {SIGNING_TYPE}`, or give it another name.",
+    )
+
+
+def _place_of(name: str, schemas: Mapping[str, str]) -> tuple[str, int]:
+    """File and line of an action's declaration; line 0 of the last file when none shows the name plainly."""
+    file, line = "", 0
+    for file, text in schemas.items():  # noqa: B007 -- the last one is blamed
+        line = next((s.line for s in statements(text) if f'"{name}"' in s.text), 0)
+        if line:
+            break
+    return file, line
 
 
 def _understand(schema: Schema) -> Declarations:
@@ -147,15 +170,16 @@ def _understand(schema: Schema) -> Declarations:
         body = tokens.index("appliesTo") if "appliesTo" in tokens else len(tokens)
         direct[name] = tuple(token[1:-1] for token in tokens[2:body] if token.startswith('"'))
         contexts[name] = _context_of(tokens[body:]) if body < len(tokens) else None
-    actions = {
-        name: ActionDeclaration(
+    actions = {}
+    for name, context in contexts.items():
+        attributes = _attributes(context or [], aliases)
+        actions[name] = ActionDeclaration(
             name=name,
             groups=_closure(name, direct),
-            context=dict(_attributes(context or [], aliases)),
+            context={attribute: found.required for attribute, found in attributes.items()},
+            signing=_signing_of(attributes, aliases),
             requestable=context is not None,
         )
-        for name, context in contexts.items()
-    }
     return Declarations(schema=schema, actions=actions, types="\n".join(types), texts=texts)
 
 
@@ -185,19 +209,47 @@ def _context_of(tokens: list[str]) -> list[str]:
     return []
 
 
-def _attributes(tokens: list[str], aliases: Mapping[str, list[str]]) -> Iterator[tuple[str, bool]]:
-    """Name and whether it is required, of each attribute of a record type or of a named one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attribute:
+    """One attribute of a record type. type: its tokens."""
+
+    required: bool
+    type: list[str]
+
+
+def _attributes(tokens: list[str], aliases: Mapping[str, list[str]]) -> dict[str, _Attribute]:
+    """The attributes of a record type, or of a named one, by name."""
     for _ in range(len(aliases) + 1):  # `type A = B;` leads on, and Cedar has refused circles
         if tokens and tokens[0] != "{":
             tokens = aliases.get(tokens[0], [])
+    found: dict[str, _Attribute] = {}
     depth = 0
+    current: list[str] = []
     for token, following in itertools.pairwise(tokens):
         if token in {"{", "[", "<"}:
             depth += 1
         elif token in {"}", "]", ">"}:
             depth -= 1
         elif depth == 1 and following in {"?", ":"} and token not in {"?", ":"}:
-            yield token.strip('"'), following == ":"
+            current = []
+            found[token.strip('"')] = _Attribute(required=following == ":", type=current)
+            continue
+        if depth > 1 or token not in {"?", ":", ",", "{"}:
+            current.append(token)
+    return found
+
+
+def _signing_of(attributes: Mapping[str, _Attribute], aliases: Mapping[str, list[str]]) -> str:
+    """The type of `parameters.signing`, followed through its aliases down to the base schema's name for it."""
+    parameters = attributes.get("parameters")
+    signing = _attributes(parameters.type, aliases).get(PARAMETER) if parameters else None
+    if signing is None:
+        return ""
+    words = signing.type
+    for _ in range(len(aliases) + 1):
+        if len(words) == 1 and words[0] != SIGNING_TYPE:
+            words = aliases.get(words[0], words)
+    return " ".join(words)
 
 
 def _closure(name: str, direct: Mapping[str, tuple[str, ...]]) -> frozenset[str]:

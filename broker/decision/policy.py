@@ -16,7 +16,7 @@ from broker.decision.declarations import ActionDeclaration, Declarations, read_d
 from broker.decision.documents import Documents, read
 from broker.decision.findings import Finding, PolicyError
 from broker.decision.obligations import Obligations
-from broker.decision.rules import ASKED, AUDIENCE, PARAMETERS, Rule, read_rules
+from broker.decision.rules import ASKED, AUDIENCE, IDENTIFIED, PARAMETERS, Rule, read_rules
 from broker.decision.validate import validate
 
 
@@ -25,8 +25,9 @@ class Slice:
     """All that could matter to one action.
 
     required, optional: the evidence in its context. attestors: whose facts are to be gathered: what is required, and
-    of the optional what a policy names. parameters: whether the action takes them, None where it does not; True where
-    it must have them. audience: whether policies see it.
+    of the optional what a policy names; what only identification can tell is among them.
+    parameters: whether the action takes them, None where it does not; True where it must have them.
+    audience: whether policies see it. signs: whether a signature may be asked for.
     schema: the whole one, shared by all slices. entities: this action and its groups alone, since a decision copies
     them; parsed with their schema, for without it Cedar knows no groups, and a `forbid … action in Group` would
     silently not apply.
@@ -42,6 +43,7 @@ class Slice:
     attestors: frozenset[str]
     parameters: bool | None
     audience: bool
+    signs: bool
     obligations: Mapping[str, Obligations]
 
 
@@ -60,7 +62,7 @@ class Policy:
     @property
     def attestors(self) -> frozenset[str]:
         """All whose facts some action needs: what `serve` must have configured."""
-        return frozenset[str]().union(*(part.attestors for part in self.slices.values()))
+        return frozenset[str]().union(*(part.attestors for part in self.slices.values())) - IDENTIFIED
 
 
 class PolicyDocuments:
@@ -133,5 +135,6 @@ def _slice(action: ActionDeclaration, rules: list[Rule], schema: Schema, own_sch
         attestors=required | (optional & named),
         parameters=action.context.get(PARAMETERS),
         audience=AUDIENCE in action.context,
+        signs=bool(action.signing),
         obligations={rule.id: rule.obligations for rule in rules},
     )

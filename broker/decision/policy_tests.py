@@ -2,7 +2,7 @@
 
 [[case]]
 name = "support refunds small amounts"
-principal = "spiffe://acme.test/support/agent"
+principal = "spiffe://acme.test/support/agent"    # or a person: <issuer>/subject/<base64url of sub>
 action = "orders.refund"
 resource = "https://orders.acme.test/orders/17"
 audience = "spiffe://acme.test/service/orders"
@@ -13,27 +13,38 @@ expect = "allow"              # or "deny"
 max_ttl = "60s"
 use = "once"                  # once, single or ttl
 policies = ["refunds.cedar#small-refunds"]
+# optional, and only with "deny": denied, unknown_action, provenance_missing, or approval_required, where other
+# approvals than those in facts.approval could allow it
+reason = "approval_required"
+
+Optional, for all cases of a file, so that each says only in what it differs: tables are laid over these name by name.
+
+[common]
+facts.spire = { ids = ["spiffe://acme.test/support/agent"] }
+
+`without = ["spire"]` in a case leaves evidence out.
 """
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attestors.contract import FactKey, Facts
 from broker.action import Action
 from broker.decision.decide import Grant, decide
 from broker.decision.explain import explain
 from broker.decision.findings import Defect, Finding, PolicyError
+from broker.decision.lacking import lacks_approval
 from broker.decision.obligations import LONGEST_TTL, Use, parse_ttl
 from broker.decision.policy import Policy
-from broker.errors import Invalid, Refused
-from broker.identity.spiffe_id import SpiffeId
+from broker.errors import Invalid, Reason, Refused
+from broker.identity.person import Principal, parse_principal
 
 # Cases have no clock of their own: they are all decided at one moment, by a caller whose identity lasts long enough.
 _NOW = datetime(2000, 1, 1, tzinfo=UTC)
@@ -52,16 +63,49 @@ class Case(BaseModel):
     audience: str
     parameters: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}
+    without: list[str] = []
     expect: Literal["allow", "deny"]
     max_ttl: str | None = None
     use: Use | None = None
     policies: list[str] | None = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _expects_one_thing(self) -> Self:
+        if self.expect == "allow" and self.reason is not None:
+            raise ValueError("a case that expects allow has no reason")
+        if self.expect == "deny" and any(one is not None for one in (self.max_ttl, self.use, self.policies)):
+            raise ValueError("a case that expects deny has no max_ttl, use or policies")
+        if self.reason is not None and self.reason not in frozenset(Reason):
+            raise ValueError(f"no refusal has the reason {self.reason}")
+        unknown = set(self.without) - self.facts.keys()
+        if unknown:
+            raise ValueError(f"without names no evidence of this case: {', '.join(sorted(unknown))}")
+        return self
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     case: Annotated[list[Case], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_common(cls, found: Any) -> Any:
+        """Each case over what is common to all."""
+        if not isinstance(found, dict):
+            return found
+        rest = {name: value for name, value in found.items() if name != "common"}
+        cases = rest.get("case")
+        if isinstance(cases, list):
+            rest["case"] = [_laid_over(found.get("common", {}), case) for case in cases]
+        return rest
+
+
+def _laid_over(common: Any, own: Any) -> Any:
+    if not isinstance(common, dict) or not isinstance(own, dict):
+        return own
+    return {**common, **{name: _laid_over(common.get(name), value) for name, value in own.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,25 +160,39 @@ def _run(policy: Policy, case: Case) -> str:
     facts = {
         name: Facts(attestor=name, key=FactKey(f"{name}:test"), values=values, attested_at=_NOW)
         for name, values in case.facts.items()
+        if name not in case.without
     }
     try:
-        principal = SpiffeId.parse(case.principal)
+        principal = parse_principal(case.principal)
         action = Action(case.action, case.resource, case.audience, case.parameters)
+    except Invalid as error:
+        return f"the case is malformed: {error.detail}"
+    try:
         grant = decide(policy, principal, action, facts, _NOW, not_after=_NOT_AFTER)
     except Invalid as error:
         return f"the case is malformed: {error.detail}"
     except Refused as refused:
-        if case.expect == "deny":
-            return ""
-        return "; ".join([f"expected allow, got {refused.reason}: {refused.detail}", *_failures(policy, case, facts)])
+        return _refused(policy, case, principal, action, facts, refused)
     if case.expect == "deny":
         return f"expected deny, but it is allowed by {', '.join(grant.policies)}"
     return "; ".join(_differences(case, grant))
 
 
-def _failures(policy: Policy, case: Case, facts: dict[str, Facts]) -> Iterator[str]:
-    action = Action(case.action, case.resource, case.audience, case.parameters)
-    for one in explain(policy, SpiffeId.parse(case.principal), action, facts).policies:
+def _refused(
+    policy: Policy, case: Case, principal: Principal, action: Action, facts: Mapping[str, Facts], refused: Refused
+) -> str:
+    reason = refused.reason
+    if reason is Reason.DENIED and lacks_approval(policy, principal, action, facts):
+        reason = Reason.APPROVAL_REQUIRED
+    if case.expect == "deny" and case.reason in {None, reason}:
+        return ""
+    wanted = "allow" if case.expect == "allow" else case.reason
+    failures = _failures(policy, principal, action, facts)
+    return "; ".join([f"expected {wanted}, got {reason}: {refused.detail}", *failures])
+
+
+def _failures(policy: Policy, principal: Principal, action: Action, facts: Mapping[str, Facts]) -> Iterator[str]:
+    for one in explain(policy, principal, action, facts).policies:
         if one.failed and one.effect == "permit":
             yield f"{one.id} fails at: {' and '.join(one.failed)}"
 

@@ -7,17 +7,22 @@ Cedar would read as a type.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from cedarpy import Decision, Entities, PolicySet, Schema, is_authorized
 
 from attestors.contract import Facts
 from broker.action import Action, ancestors
+from broker.artifacts import PARAMETER
 from broker.decision.policy import Slice
 from broker.decision.rules import AUDIENCE, PARAMETERS
 from broker.errors import Invalid, Reason, Refused
-from broker.identity.spiffe_id import SCHEME, SpiffeId
+from broker.identity.person import PersonId, Principal
+from broker.identity.spiffe_id import SCHEME
+
+PROVENANCE: Final = "provenance"
+APPROVAL: Final = "approval"
 
 # Cedar's JSON escapes: under these names it reads an entity or an extension value, whatever the schema says is there.
 # https://docs.cedarpolicy.com/auth/entities-syntax.html
@@ -63,7 +68,19 @@ class Question:
         )
 
 
-def put(part: Slice, principal: SpiffeId, action: Action, facts: Mapping[str, Facts]) -> Question:
+def asked_signer(action: Action) -> str | None:
+    """By which signer a signature is asked for: "keyless", "agent-key" or "key:<name>"; None where none is asked for.
+
+    Not checked: that there is such a signer. Where it cannot even be a word it is "", which no permit gives.
+    """
+    if PARAMETER not in action.parameters:
+        return None
+    asked = action.parameters[PARAMETER]
+    signer = asked.get("signer") if isinstance(asked, Mapping) else None
+    return signer if isinstance(signer, str) else ""
+
+
+def put(part: Slice, principal: Principal, action: Action, facts: Mapping[str, Facts]) -> Question:
     """The question whether `principal` may do `action`, given these facts.
 
     Of the facts, only those of attestors that the slice needs are told. Not checked here: whether required facts are
@@ -81,18 +98,30 @@ def put(part: Slice, principal: SpiffeId, action: Action, facts: Mapping[str, Fa
     text = _json(context).decode()
     if _MAY_ESCAPE in text and _has_escape(context):
         raise Invalid("a parameter or fact is named __entity, __extn or __expr, which Cedar reserves")
-    name = str(principal)
     request = {
-        "principal": {"type": "Workload", "id": name},
+        "principal": {"type": "Person" if isinstance(principal, PersonId) else "Workload", "id": str(principal)},
         "action": {"type": "Action", "id": action.name},
         "resource": {"type": "Resource", "id": action.resource},
         "context": text,
     }
-    delta = f"[{_workload(name)},{_resource(action.resource)}]"
+    delta = f"[{_who(principal)},{_resource(action.resource)}]"
     return Question(request=request, entities=part.entities.with_added_json_str(delta))
 
 
+def _who(principal: Principal) -> str:
+    if isinstance(principal, PersonId):
+        return _person(str(principal), principal.issuer)
+    return _workload(str(principal))
+
+
 @functools.lru_cache(maxsize=4096)  # pure: what a name lies under never changes
+def _person(name: str, issuer: str) -> str:
+    """The entity of a person, under the issuer that vouches for it."""
+    parents = [{"type": "Issuer", "id": issuer}]
+    return _json({"uid": {"type": "Person", "id": name}, "attrs": {}, "parents": parents}).decode()
+
+
+@functools.lru_cache(maxsize=4096)  # pure: likewise
 def _workload(name: str) -> str:
     """The entity of a SPIFFE ID, under each path above it and its trust domain."""
     domain, *segments = name.removeprefix(SCHEME).split("/")

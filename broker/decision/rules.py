@@ -27,11 +27,13 @@ from broker.decision.findings import Defect, Finding
 from broker.decision.obligations import Obligations, read_obligations, unknown_annotations
 from broker.decision.source import Statement, check_text, statements
 from broker.errors import Invalid
+from broker.identity.person import PersonId, check_issuer
 from broker.identity.spiffe_id import SpiffeId, TrustDomain
 
 PARAMETERS = "parameters"
 AUDIENCE = "audience"
 ASKED = frozenset({PARAMETERS, AUDIENCE})  # what of context is the action's own, not evidence: no attestor's name
+IDENTIFIED = frozenset({"person"})  # evidence that comes with the identity itself or not at all: nobody looks for it
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._/-]{0,127}")
 _AT_ONCE = 20  # statements given to Cedar in one call: about 2 ms, in which nothing else runs
 
@@ -194,7 +196,7 @@ def _problems(
 
 def _too_generous(form: Mapping[str, Any], bodies: list[Node]) -> Iterator[tuple[Defect, str, str]]:
     if form["action"]["op"] == "All":
-        problem = "it permits every action: broker.operate as well, and each that is declared later"
+        problem = "it permits every action: broker.operate and broker.approve as well, and each that is declared later"
         fix = 'Name the actions: action == Action::"..", or action in [..] or in a group of your own.'
         yield Defect.EVERY_ACTION, problem, fix
     if any(reads(body, "process", "exe") for body in bodies):
@@ -218,6 +220,10 @@ def _unreachable(operator: str, kind: str, name: str) -> str:
         if kind in {"Workload", "Path"}:
             path = SpiffeId.parse(name).path
             return "" if path else "it has no path"
+        if kind == "Person":
+            PersonId.parse(name)
+        if kind == "Issuer":
+            check_issuer(name)
         if kind == "Resource":
             check_uri(name, "it")
             if operator in {"in", "is"} and (name.endswith("/") or "?" in name):

@@ -9,13 +9,17 @@ from broker.decision.policy import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPolicy:
-    """One policy that could apply to an action. max_ttl_s, use: its obligations; of a forbid, None."""
+    """One policy that could apply to an action. max_ttl_s, use: its obligations; of a forbid, None.
+
+    signers: by which it lets a signature happen; none for a forbid, or where the action asks for no signature.
+    """
 
     id: str
     effect: Literal["permit", "forbid"]
     line: int
     max_ttl_s: int | None
     use: Use | None
+    signers: tuple[str, ...]
     text: str
 
 
@@ -56,6 +60,7 @@ def show(policy: Policy) -> tuple[ShownAction, ...]:
                     line=rule.line,
                     max_ttl_s=int(rule.obligations.max_ttl.total_seconds()) if rule.effect == "permit" else None,
                     use=rule.obligations.use if rule.effect == "permit" else None,
+                    signers=tuple(sorted(rule.obligations.signers)) if part.signs and rule.effect == "permit" else (),
                     text=rule.text,
                 )
                 for rule in part.rules

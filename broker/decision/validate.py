@@ -1,6 +1,7 @@
 """Holds policies against the schema.
 
-Finds wrong types, policies that can never apply, and forbids that a caller could switch off by leaving evidence out.
+Finds wrong types, policies that can never apply, forbids that a caller could switch off by leaving evidence out, and
+permits that give signers to actions that ask for no signature.
 """
 
 import json
@@ -11,9 +12,11 @@ from typing import Any
 
 from cedarpy import Schema, policies_from_json_str, validate_policies
 
-from broker.decision.declarations import ActionDeclaration, Declarations
+from broker.artifacts import PARAMETER
+from broker.decision.declarations import SIGNING_TYPE, ActionDeclaration, Declarations
 from broker.decision.expressions import switched_off_by_absence, walk
 from broker.decision.findings import Defect, Finding
+from broker.decision.obligations import names_signers
 from broker.decision.rules import ASKED, Rule
 
 _AT_ONCE = 20  # policies given to Cedar in one call
@@ -41,6 +44,7 @@ def validate(rules: Iterable[Rule], declarations: Declarations, schemas: Mapping
             yield from _never_true([rule for rule in batch if rule.id not in wrong], schema)
     for rule in rules:
         yield from _switched_off(rule, declarations.actions.values())
+        yield from _signs_nothing(rule, declarations.actions.values())
 
 
 def _only_action(rule: Rule, single: AbstractSet[str]) -> str | None:
@@ -114,6 +118,17 @@ def _switched_off(rule: Rule, actions: Iterable[ActionDeclaration]) -> Iterator[
             f"Write `forbid (..) unless {{ context has {name} && .. }}`, with what must hold instead of what must not."
         )
         yield _finding(rule, Defect.FORBID_SWITCHED_OFF, problem, fix)
+
+
+def _signs_nothing(rule: Rule, actions: Iterable[ActionDeclaration]) -> Iterator[Finding]:
+    """A permit that gives signers, where none of its actions can ask for a signature."""
+    if rule.effect != "permit" or not names_signers(rule.form.get("annotations", {})):
+        return
+    if any(action.signing for action in actions if action.requestable and rule.could_apply_to(action)):
+        return
+    problem = "@key and @agent_key say nothing here: no action of this permit asks for a signature"
+    fix = f"Remove it, or declare `{PARAMETER}: {SIGNING_TYPE}` among the parameters of the action."
+    yield _finding(rule, Defect.BAD_OBLIGATION, problem, fix)
 
 
 def _finding(rule: Rule, defect: Defect, problem: str, fix: str) -> Finding:

@@ -17,7 +17,8 @@ from broker.decision.decide import Grant, decide
 from broker.decision.findings import Defect, PolicyError
 from broker.decision.policy import compile_policy
 from broker.errors import Reason, Refused
-from broker.identity.spiffe_id import SpiffeId
+from broker.identity.person import PersonId
+from broker.identity.spiffe_id import SCHEME, SpiffeId
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "policy"
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -34,7 +35,8 @@ def ask(vector, request, policy_text) -> Grant:
         for name, values in json.loads(request["facts"]).items()
     }
     action = Action.parse(request["action"], request["resource"], request["audience"], request["parameters"])
-    principal = SpiffeId.parse(request["principal"])
+    who = request["principal"]
+    principal = SpiffeId.parse(who) if who.startswith(SCHEME) else PersonId.parse(who)
     return decide(policy, principal, action, facts, NOW, not_after=NOW + timedelta(hours=1))
 
 

@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from support.releases import PERMIT, policy
 
 from attestors.contract import (
     AttestationFailed,
@@ -172,8 +173,56 @@ async def test_cancelling_the_request_ends_its_attestors(gather):
         await ended.wait()
 
 
-@pytest.mark.parametrize("name", ["parameters", "audience", "other"])
+class TestProvenanceAndPeople:
+    """Evidence about the artifacts has reasons of its own; what an issuer says of a person nobody looks for."""
+
+    @pytest.fixture
+    def signing(self, world):
+        part = policy(f"{PERMIT} when {{ context has process && context has approval }};").slice("release.sign")
+
+        async def gather(*attestors, known=None):
+            request = AttestationRequest(principal="spiffe://acme.test/a", known=known or {})
+            return await Attestation({one.name: one for one in attestors}, 5.0).gather(part, request, world.now)
+
+        return gather
+
+    async def test_provenance_that_is_wrong_is_rejected_as_provenance(self, signing):
+        wrong = raising("provenance", AttestationFailed("signed by another builder"))
+        with pytest.raises(Refused) as caught:
+            await signing(wrong, saying("process"), saying("approval"))
+        assert caught.value.reason is Reason.PROVENANCE_REJECTED
+        assert set(await signing(saying("provenance"), saying("process"), saying("approval"))) == {
+            "provenance",
+            "process",
+            "approval",
+        }
+
+    @pytest.mark.parametrize(
+        ("old", "reason"), [("provenance", Reason.PROVENANCE_REJECTED), ("process", Reason.EXPIRED)]
+    )
+    async def test_provenance_that_is_too_old_is_rejected_as_provenance(self, signing, world, old, reason):
+        names = {"provenance", "process", "approval"} - {old}
+        with pytest.raises(Refused) as caught:
+            await signing(saying(old, expires_at=world.now), *map(saying, names))
+        assert caught.value.reason is reason
+
+    async def test_provenance_that_could_not_be_looked_at_is_not_rejected(self, signing):
+        away = raising("provenance", AttestationUnavailable("no trust file"))
+        with pytest.raises(Unavailable):
+            await signing(away, saying("process"), saying("approval"))
+
+    async def test_what_is_known_of_a_person_is_taken_and_otherwise_left_out(self, world):
+        person = 'permit (principal, action == Action::"broker.approve", resource) when { context has person };'
+        part = world.policy(person).slice("broker.approve")
+        known = world.facts(person={"groups": [], "email": ""})
+        request = AttestationRequest(principal="https://login.acme.test/subject/YQ", known=known)
+        assert await Attestation({}, 5.0).gather(part, request, world.now) == known
+        nobody = AttestationRequest(principal="spiffe://acme.test/a")
+        assert await Attestation({}, 5.0).gather(part, nobody, world.now) == {}
+
+
+@pytest.mark.parametrize("name", ["parameters", "audience", "person", "other"])
 def test_no_attestor_can_fill_the_callers_parameters_or_anothers_place(name):
     with pytest.raises(ValueError, match="cannot fill"):
-        Attestation({name: saying("parameters")}, 1.0)
+        Attestation({name: saying("parameters" if name == "other" else name)}, 1.0)
     assert Attestation({"spire": saying("spire")}, 1.0).names == {"spire"}

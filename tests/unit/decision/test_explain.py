@@ -1,9 +1,12 @@
 """Explain: the same answer as the decision, and which part of each policy did not hold."""
 
 import dataclasses
+from datetime import timedelta
 
 import pytest
+from support.releases import AGENT, NOW, PERMIT, approved, policy, signing
 
+from broker.decision.decide import decide
 from broker.decision.explain import explain
 from broker.errors import Invalid, Reason, Refused
 from broker.identity.spiffe_id import SpiffeId
@@ -140,4 +143,52 @@ def test_explain_and_decide_never_disagree(world, uid, gid, amount):
     else:
         with pytest.raises(Refused) as caught:
             world.decide(RULE, action=action, facts=facts)
+        assert told.reason is caught.value.reason
+
+
+class TestSignatures:
+    KEYLESS = f'@id("keyless") {PERMIT};'
+    NAMED = f"""@id("named") @key("release nightly") {PERMIT}
+      when {{ context has approval && context.approval.count > 1 }};"""
+
+    def told(self, action, *, seen=None, texts=(KEYLESS, NAMED)):
+        return explain(policy(*texts), AGENT, action, approved() if seen is None else seen)
+
+    def test_a_permit_that_holds_and_does_not_give_the_signer_says_what_it_gives(self):
+        found = self.told(signing("agent-key"), seen=approved("spiffe://acme.test/a", "spiffe://acme.test/b"))
+        assert (found.allowed, found.reason) == (False, Reason.DENIED)
+        assert [(one.satisfied, one.failed) for one in found.policies] == [
+            (False, ("it gives the signer keyless, not agent-key",)),
+            (False, ("it gives the signer key:nightly or key:release, not agent-key",)),
+        ]
+
+    def test_conditions_that_do_not_hold_are_told_beside_it(self):
+        named = self.told(signing("agent-key")).policies[1]
+        assert "count" in named.failed[0]
+        assert named.failed[-1].startswith("it gives the signer")
+        named = self.told(signing("key:release")).policies[1]
+        assert (named.satisfied, len(named.failed)) == (False, 1)
+
+    def test_the_permit_that_gives_the_signer_allows(self):
+        found = self.told(signing("keyless"))
+        assert (found.allowed, found.policies[0].failed) == (True, ())
+
+    def test_missing_provenance_has_its_reason_here_too(self):
+        found = self.told(signing(), seen={})
+        assert (found.allowed, found.reason) == (False, Reason.PROVENANCE_MISSING)
+        assert found.missing == ("approval", "provenance")
+
+    @pytest.mark.parametrize("signer", ["keyless", "agent-key", "key:release", "key:other", "", 7, ["keyless"]])
+    @pytest.mark.parametrize("count", [0, 2])
+    @pytest.mark.parametrize("without", [(), ("provenance",), ("approval",)])
+    def test_explain_and_decide_never_disagree_on_signatures(self, signer, count, without):
+        seen = approved(*(f"spiffe://acme.test/{n}" for n in range(count)))
+        seen = {name: one for name, one in seen.items() if name not in without}
+        action, texts = signing(signer), policy(self.KEYLESS, self.NAMED)
+        told = explain(texts, AGENT, action, seen)
+        if told.allowed:
+            assert decide(texts, AGENT, action, seen, NOW, not_after=NOW + timedelta(hours=1))
+            return
+        with pytest.raises(Refused) as caught:
+            decide(texts, AGENT, action, seen, NOW, not_after=NOW + timedelta(hours=1))
         assert told.reason is caught.value.reason

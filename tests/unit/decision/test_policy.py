@@ -24,7 +24,7 @@ def test_a_slice_holds_the_policies_whose_action_scope_leaves_the_action_in(worl
     )
     assert rules_of(policy, "orders.refund") == [f"p.cedar#{n}" for n in ("all", "one", "group", "list")]
     assert rules_of(policy, "orders.read") == [f"p.cedar#{n}" for n in ("all", "list", "read", "in-itself")]
-    assert rules_of(policy, "broker.operate") == ["p.cedar#all"]
+    assert rules_of(policy, "broker.operate") == rules_of(policy, "broker.approve") == ["p.cedar#all"]
 
 
 def test_groups_of_groups_reach_the_action(world):
@@ -146,9 +146,53 @@ def test_attribute_names_that_look_like_schema_words_are_only_names(world):
     assert (part.required, part.optional) == ({"context", "type"}, {"namespace"})
 
 
+@pytest.mark.parametrize("mark", ["", "?"])
+@pytest.mark.parametrize("written", ["Signing", "Mine"])
+def test_an_action_signs_where_its_parameters_have_signing(world, written, mark):
+    schema = f"""type Mine = Signing; type Asked = {{ @doc("what: {{") signing{mark}: {written}, note: String }};
+      action "x" appliesTo {{ principal: [Workload], resource: [Resource], context: {{ parameters: Asked }} }};
+      action "y" appliesTo {{ principal: [Workload], resource: [Resource],
+        context: {{ parameters?: {{ within: {{ signing: Signing }}, set: Set<{{ signing: Long }}> }} }} }};"""
+    policy = world.policy("", schema=schema)
+    assert (policy.slice("x").signs, policy.slice("y").signs) == (True, False)
+
+
+@pytest.mark.parametrize("written", ["String", "{ signer: String }", "Set<Signing>", "Artifact", "Mine", "Workload"])
+def test_a_parameter_named_signing_is_what_a_signature_is_asked_for_with(world, written):
+    schema = f"""type Mine = {{ artifacts: Set<Artifact>, purpose: String, signer: String }};
+      action "x" appliesTo {{ principal: [Workload], resource: [Resource],
+        context: {{ parameters: {{ signing: {written} }} }} }};"""
+    with pytest.raises(PolicyError) as caught:
+        world.policy("", schema=schema)
+    (finding,) = caught.value.findings
+    assert (finding.defect, finding.line, "signing: Signing" in finding.fix) == (Defect.SCHEMA, 2, True)
+    assert world.policy("", schema=schema.replace("signing:", "signed:")).slice("x")
+
+
+def test_a_key_for_a_group_needs_one_action_in_it_that_signs(world):
+    schema = (
+        world.schema
+        + """action "orders.sign" in ["money"] appliesTo { principal: [Workload],
+      resource: [Resource], context: { parameters: { signing: Signing } } };"""
+    )
+    text = '@key("release") permit (principal, action in Action::"money", resource);'
+    assert world.policy(text, schema=schema).rules
+    with pytest.raises(PolicyError) as caught:
+        world.policy(text)
+    assert [finding.defect for finding in caught.value.findings] == [Defect.BAD_OBLIGATION]
+
+
+def test_nobody_looks_for_what_identification_alone_can_tell(world):
+    policy = world.policy(
+        'permit (principal, action == Action::"broker.approve", resource) when { context has person };', world.allow
+    )
+    assert policy.slice("broker.approve").attestors == {"person"}
+    assert policy.attestors == {"spire"}
+
+
 def test_the_base_schema_alone_knows_what_operators_do():
     policy = compile_policy({}, {})
-    assert list(policy.slices) == ["broker.operate"]
+    assert sorted(policy.slices) == ["broker.approve", "broker.operate"]
 
 
 def test_the_revision_names_the_texts(world):

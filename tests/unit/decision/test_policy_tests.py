@@ -1,6 +1,9 @@
 """Operators' own tests beside their policies, and the folder that `policy init` writes."""
 
+from pathlib import Path
+
 import pytest
+from support.releases import PERMIT, policy
 
 from broker.action import Action
 from broker.decision.decide import decide
@@ -12,6 +15,7 @@ from broker.decision.show import show
 from broker.errors import Refused
 from broker.identity.spiffe_id import SpiffeId
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "release-signing" / "policy"
 OPERATOR = SpiffeId.parse("spiffe://acme.test/ops/alice")
 
 CASE = """
@@ -95,6 +99,98 @@ def test_json_cases_are_read_too(run, world):
     assert run(case, world.allow, suffix="json") == [""]
 
 
+COMMON = """
+[common]
+principal = "spiffe://acme.test/support/agent"
+action = "orders.refund"
+resource = "https://orders.acme.test/orders/17"
+audience = "spiffe://acme.test/orders"
+parameters = { amount = 30 }
+facts.spire = { ids = ["spiffe://acme.test/support/agent"] }
+facts.process = { uid = 1600, gid = 1600, exe = "/a", exe_sha256 = "", cgroup = "/" }
+[[case]]
+name = "c"
+"""
+NOT_AS_ROOT = """forbid (principal, action in Action::"money", resource)
+  unless { context has process && context.process.uid != 0 };"""
+
+
+class TestCommon:
+    @pytest.mark.parametrize(
+        ("own", "expect"),
+        [
+            ("", "allow"),
+            ("facts.process.uid = 0", "deny"),
+            ('without = ["process"]', "deny"),
+            ('action = "orders.read"\nparameters = { amount = 1 }', "deny"),
+            ("parameters.amount = 31", "allow"),
+            ('parameters.amount = "31"', "deny"),
+        ],
+    )
+    def test_a_case_says_in_what_it_differs(self, run, world, own, expect):
+        other = "allow" if expect == "deny" else "deny"
+        assert run(f'{COMMON}{own}\nexpect = "{expect}"', world.allow, NOT_AS_ROOT) == [""]
+        assert run(f'{COMMON}{own}\nexpect = "{other}"', world.allow, NOT_AS_ROOT) != [""]
+
+    def test_one_case_leaves_nothing_behind_for_the_next(self, run, world):
+        two = f'{COMMON}facts.process.uid = 0\nexpect = "deny"\n[[case]]\nname = "d"\nexpect = "allow"'
+        assert run(two, world.allow, NOT_AS_ROOT) == ["", ""]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        ['without = ["spier"]\nexpect = "deny"', 'expect = "allow"\nreason = "denied"', 'expect = "deny"\nuse = "once"',
+         'expect = "deny"\nreason = "nope"', 'expect = "deny"\nfacts = 1'],
+    )  # fmt: skip
+    def test_a_case_that_could_not_fail_as_meant_is_refused(self, run, world, wrong):
+        with pytest.raises(PolicyError):
+            run(COMMON + wrong, world.allow)
+
+    def test_a_misspelt_member_of_what_is_common_is_refused(self, run, world):
+        with pytest.raises(PolicyError) as caught:
+            run(COMMON.replace("audience", "audeince") + 'expect = "deny"', world.allow)
+        assert "case.0.audeince" in caught.value.findings[0].problem
+
+
+class TestReasons:
+    WAITS = 'permit (principal, action == Action::"release.sign", resource) when { context.approval.count >= 2 };'
+
+    @pytest.mark.parametrize(
+        ("own", "reason"),
+        [
+            ("", "approval_required"),
+            ('without = ["provenance"]', "provenance_missing"),
+            ('parameters.signing.signer = "key:release"', "denied"),
+            ('action = "release.other"', "unknown_action"),
+        ],
+    )
+    def test_a_refusal_comes_with_the_reason_that_its_caller_is_told(self, tmp_path, own, reason):
+        example = (EXAMPLE / "tests" / "release.toml").read_text().partition("[[case]]")[0]
+        (tmp_path / "tests").mkdir()
+        texts = policy(self.WAITS, schema=(EXAMPLE / "release.cedarschema").read_text())
+        for told in (reason, "expired"):
+            case = f'{example}[[case]]\nname = "c"\n{own}\nexpect = "deny"\nreason = "{told}"'
+            (tmp_path / "tests" / "t.toml").write_text(case)
+            (result,) = run_policy_tests(tmp_path, texts)
+            assert result.passed is (told == reason)
+            assert result.passed or f"expected expired, got {reason}" in result.problem
+
+    def test_a_person_asks_too(self, run):
+        case = """[[case]]
+          name = "n"
+          principal = "https://login.acme.test/subject/YWxpY2U"
+          action = "broker.approve"
+          resource = "https://orders.acme.test/orders/17"
+          audience = "https://broker.acme.test"
+          parameters = { action = "orders.refund", principal = "spiffe://acme.test/a" }
+        """
+        permit = (
+            'permit (principal in Issuer::"https://login.acme.test", action == Action::"broker.approve", resource);'
+        )
+        assert run(case + 'expect = "allow"', permit) == [""]
+        (problem,) = run(case.replace("YWxpY2U", "alice@acme") + 'expect = "deny"', permit)
+        assert "malformed" in problem
+
+
 class TestInit:
     def test_the_written_folder_is_taken_and_its_tests_pass(self, tmp_path):
         folder = tmp_path / "policy"
@@ -129,7 +225,7 @@ class TestInit:
 def test_show_tells_what_each_action_needs_and_who_decides_it(world):
     process = '@id("p") forbid (principal, action in Action::"money", resource) unless { context has process };'
     shown = {one.action: one for one in show(world.policy(f"@single_use {world.allow}", process))}
-    assert list(shown) == ["broker.operate", "orders.read", "orders.refund"]
+    assert list(shown) == ["broker.approve", "broker.operate", "orders.read", "orders.refund"]
     refund = shown["orders.refund"]
     assert (refund.attestors, refund.required, refund.parameters) == (("process", "spire"), ("spire",), "optional")
     assert [(p.id, p.effect, p.max_ttl_s, p.use) for p in refund.policies] == [
@@ -138,6 +234,14 @@ def test_show_tells_what_each_action_needs_and_who_decides_it(world):
     ]
     assert shown["orders.read"].parameters == "none"
     assert not refund.audience
+
+
+def test_show_tells_who_signs_for_actions_that_ask_for_a_signature_and_for_no_other(world):
+    shown = {
+        one.action: one for one in show(policy(f'@key("a b") {PERMIT};', PERMIT.replace("permit", "forbid") + ";"))
+    }
+    assert [p.signers for p in shown["release.sign"].policies] == [("key:a", "key:b"), ()]
+    assert [p.signers for p in show(world.policy(world.allow))[2].policies] == [()]
 
 
 def test_show_tells_whose_policies_see_the_audience(world):
