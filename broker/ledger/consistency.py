@@ -1,11 +1,12 @@
 """Whether records agree with one another, for what the broker itself would never write.
 
-A redemption uses up the credential of an intent before it, and is the only one; an outcome is of an intent before it.
-These hold whatever the clock did. They break when somebody wrote to the index tables of a running broker: what it then
-did wrong stands in its records.
+A redemption uses up the credential of an intent before it, and is the only one; an outcome is of an intent before it;
+approvals of a request are used up by one intent, and again by its children at most, each time after all whom it names
+gave theirs in the same epoch and before one of them took it back. These hold whatever the clock did. They break when
+somebody wrote to the index tables of a running broker: what it then did wrong stands in its records.
 
-Intents that are neither used up nor ended are remembered, the last `REMEMBERED` of each; what is not among them is
-looked up in the store, so memory stays bounded and nothing is missed.
+Intents that are neither used up nor ended, and requests for approval, are remembered, the last `REMEMBERED` of each;
+what is not among them is looked up in the store, so memory stays bounded and nothing is missed.
 """
 
 from enum import StrEnum
@@ -34,6 +35,8 @@ class Fault(StrEnum):
     FORKED = "forked"
     REDEEMED_TWICE = "redeemed_twice"
     NO_INTENT = "no_intent"
+    APPROVAL_USED_TWICE = "approval_used_twice"
+    NO_APPROVAL = "no_approval"
 
 
 class FoundFault(Exception):
@@ -51,9 +54,48 @@ class _Peek(Struct, frozen=True, gc=False):
     intent: int = 0
     jti: str = ""
     use: str = ""
+    approval: str = ""
+    parent: str = ""
+    request_digest: str = ""
+    by: str = ""
+    approvers: tuple[str, ...] = ()
 
 
 _peek = msgspec.json.Decoder(_Peek).decode
+
+
+class _Request(Struct, frozen=True, gc=False):
+    """What a request is: who approved it and did not take that back, and the `jti` of the intent that used it up."""
+
+    by: tuple[str, ...] = ()
+    used_by: str = ""
+
+    def after(self, record: _Peek) -> "_Request":
+        """What it is after this record of it."""
+        others = tuple(one for one in self.by if one != record.by)
+        match record.kind:
+            case "approval_asked":  # after a use: then everything about it had been forgotten
+                return _ASKED if self.used_by else self
+            case "approved":
+                return _Request(by=(*others, record.by), used_by=self.used_by)
+            case "approval_withdrawn":
+                return _Request(by=others, used_by=self.used_by)
+            case "intent":
+                return _Request(by=self.by, used_by=self.used_by or record.jti)
+            case _:
+                return self
+
+    def is_used_by_another(self, record: _Peek) -> bool:
+        """Whether its approvals gave another credential than the parent of this intent."""
+        return self.used_by not in {"", record.parent}
+
+    def may_be_used(self, record: _Peek) -> bool:
+        """Whether this intent may be."""
+        counted = record.approvers and set(record.approvers) <= set(self.by)
+        return bool(counted) and not self.is_used_by_another(record)
+
+
+_ASKED = _Request()
 
 
 class Consistency:
@@ -63,6 +105,8 @@ class Consistency:
         self._connection, self._remembered = connection, remembered
         self._unended: dict[int, None] = {}
         self._single: dict[str, bool] = {}  # jti of a single-use credential -> redeemed
+        self._approvals: dict[str, _Request] = {}  # by their digests
+        self._epoch_from = 0
 
     def see(self, seq: int, body: bytes) -> None:
         """Takes the next record. Raises: FoundFault, apsw.Error."""
@@ -74,10 +118,17 @@ class Consistency:
             self._remember(self._unended, seq, None)
             if record.use == "single":
                 self._remember(self._single, record.jti, False)
+            if record.approval:
+                self._approval_used(seq, record)
         elif record.kind == "outcome":
             self._outcome(seq, record.intent)
         elif record.kind == "redemption":
             self._redemption(seq, record.jti)
+        elif record.request_digest:
+            self._approval(seq, record)
+        elif record.kind == "epoch_started":
+            self._approvals.clear()
+            self._epoch_from = seq
 
     def _remember(self, what: dict[_Key, _Value], key: _Key, value: _Value) -> None:
         what[key] = value
@@ -116,3 +167,36 @@ class Consistency:
             if record.jti == jti and record.kind == "intent":
                 found = False
         return found
+
+    def _approval(self, seq: int, record: _Peek) -> None:
+        digest = record.request_digest
+        before = self._approvals.get(digest)
+        if before is None:
+            before = _ASKED if record.kind == "approval_asked" else self._look_back_at_request(seq, digest)
+        self._remember(self._approvals, digest, before.after(record))
+
+    def _approval_used(self, seq: int, record: _Peek) -> None:
+        digest = record.approval
+        before = self._approvals.get(digest, _ASKED)
+        if not before.may_be_used(record):  # or it was forgotten
+            before = self._look_back_at_request(seq, digest)
+        if before.is_used_by_another(record):
+            raise FoundFault(Fault.APPROVAL_USED_TWICE, seq, f"record {seq} uses the approvals of {digest} again")
+        if not before.may_be_used(record):
+            raise FoundFault(
+                Fault.NO_APPROVAL, seq, f"record {seq} uses approvals of {digest} that do not stand in this epoch"
+            )
+        self._remember(self._approvals, digest, before.after(record))
+
+    def _look_back_at_request(self, seq: int, digest: str) -> _Request:
+        """What became of a request before record `seq`, in its epoch. Reads the whole store."""
+        state = _ASKED
+        rows = self._connection.execute(
+            "SELECT body FROM records WHERE seq > ? AND seq < ? AND instr(body, CAST(? AS BLOB)) ORDER BY seq",
+            (self._epoch_from, seq, digest),
+        )
+        for (body,) in rows:
+            record = _peek(body)
+            if digest in (record.request_digest, record.approval):
+                state = state.after(record)
+        return state

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from broker.errors import Reason, Refused
 from broker.ledger import records
-from broker.ledger.transaction import Transaction, microseconds, seconds_up
+from broker.ledger.transaction import Transaction, seconds_up
 
 KEEP_S = 60
 """Rows of expired credentials stay this much longer: nobody's clock, and no retry, is later than that."""
@@ -31,14 +31,6 @@ class CredentialRow:
     expires_at: datetime
     intent: records.Intent
     redeemed_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Redeemed:
-    """A redemption. repeated: the same caller asked again with the same idempotency id and content."""
-
-    redeemed_at: datetime
-    repeated: bool
 
 
 class Operation(Protocol):
@@ -66,18 +58,20 @@ class AppendAhead(Append, frozen=True, gc=False):
 
 
 class AppendIntent(Struct, frozen=True, gc=False):
-    """Adds an intent and its live credential: the intent's sequence number."""
+    """Adds an intent and, where it is one, its live credential: the intent's sequence number."""
 
     covered: ClassVar[bool] = False
     body: bytes
     jti: str
     epoch: int
     expires_at: int
+    live: bool
 
     def apply(self, tx: Transaction) -> int:
         """See the class."""
         seq = tx.add(self.body)
-        tx.credentials.append((seq, self.jti, self.epoch, self.expires_at))
+        if self.live:
+            tx.credentials.append((seq, self.jti, self.epoch, self.expires_at))
         tx.opened[seq] = self.expires_at
         return seq
 
@@ -123,62 +117,6 @@ class FindCredential(Struct, frozen=True, gc=False):
             intent=intent,
             redeemed_at=None if found[3] is None else moment(found[3]),
         )
-
-
-class Redeem(Struct, frozen=True, gc=False):
-    """Uses a single-use credential up, once in the world.
-
-    The same caller, idempotency id and content get the first answer again until the credential expires.
-    """
-
-    covered: ClassVar[bool] = True
-    jti: str
-    caller: str
-    idempotency_id: str
-    content_sha256: bytes
-    now: datetime
-    correlation_id: str
-
-    def apply(self, tx: Transaction) -> Redeemed:
-        """See the class. Raises: Refused REVOKED, EXPIRED or ALREADY_USED."""
-        credential = tx.connection.execute(
-            "SELECT epoch, expires_at FROM credentials WHERE jti = ?", (self.jti,)
-        ).fetchone()
-        # The batch's own intents are not looked at: nobody holds a credential whose intent is not yet durable.
-        if credential is None or credential[0] != tx.epoch:
-            raise Refused(Reason.REVOKED, "no credential of this epoch has this id")
-        if self.now.timestamp() >= credential[1]:
-            raise Refused(Reason.EXPIRED, "the credential has expired")
-        idempotency = hashlib.sha256(self.idempotency_id.encode()).digest()
-        found = tx.connection.execute(
-            "SELECT caller, idempotency, content, redeemed_at FROM redemptions WHERE jti = ?", (self.jti,)
-        ).fetchone()
-        if found is not None:
-            if found[:3] != (self.caller, idempotency, self.content_sha256):
-                raise Refused(Reason.ALREADY_USED, "redeemed before, by another caller, id or content")
-            return Redeemed(redeemed_at=moment(found[3]), repeated=True)
-        record = records.Redemption(
-            at=self.now,
-            correlation_id=self.correlation_id,
-            jti=self.jti,
-            by=self.caller,
-            idempotency_sha256=idempotency.hex(),
-            content_sha256=self.content_sha256.hex(),
-        )
-        tx.cover = tx.add(records.encode(record))
-        tx.connection.execute(
-            "INSERT INTO redemptions VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                tx.cover,
-                self.jti,
-                self.caller,
-                idempotency,
-                self.content_sha256,
-                microseconds(self.now),
-                credential[1],
-            ),
-        )
-        return Redeemed(redeemed_at=self.now, repeated=False)
 
 
 class BindKey(Struct, frozen=True, gc=False):
@@ -294,6 +232,13 @@ class Maintain(Struct, frozen=True, gc=False):
             "credentials": "expires_at < ?1",
             "redemptions": "expires_at < ?1 AND NOT EXISTS (SELECT 1 FROM credentials c WHERE c.jti = redemptions.jti)",
             "bindings": "expires_at < ?1",
+            "answers": "expires_at < ?1 AND NOT EXISTS (SELECT 1 FROM redemptions r WHERE r.jti = answers.jti)",
+            "approval_requests": "expires_at < ?1",
+            "approvals": "expires_at < ?1",
+            # That approvals are used up is known as long as one of them could count, or be asked for.
+            "consumptions": "expires_at < ?1"
+            " AND NOT EXISTS (SELECT 1 FROM approvals a WHERE a.digest = consumptions.digest)"
+            " AND NOT EXISTS (SELECT 1 FROM approval_requests r WHERE r.digest = consumptions.digest)",
         }.items():
             gone = tx.connection.execute(
                 f"DELETE FROM {table} WHERE seq IN (SELECT seq FROM {table} ORDER BY seq LIMIT {PRUNE_ROWS})"  # noqa: S608 - texts from the lines above

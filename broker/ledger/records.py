@@ -19,8 +19,12 @@ from broker.errors import Reason
 
 MAX_DETAIL = 500
 """Characters of a free text. Details quote what callers send; a ledger is not theirs to fill."""
+MAX_APPROVAL = timedelta(days=1)
+"""How long an approval, or a request for some, may count."""
 
 Time = Annotated[datetime, Meta(tz=True)]
+Method = Literal["mtls", "unix", "jwt-svid", "id-token"]
+"""How somebody was identified: by an X.509-SVID, by SPIRE from the PID, by a JWT-SVID, by a person's ID token."""
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True, gc=False):
@@ -45,13 +49,20 @@ class ProcessReference(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
-    """About to mint. Durable before a key is used (DESIGN invariant 1).
+    """About to mint, or to sign. Durable before a key is used (DESIGN invariant 1).
 
+    credential: action_token, signing_grant, signing_certificate, or signature (which is no credential: see `is_live`).
     action: the bytes of `Action.canonical`, so that SHA-256 over them is `action_digest` (hex).
-    cnf: the confirmation the credential will carry, for example {"jkt": …}: a thumbprint, so a hash.
+    cnf: the confirmation the credential will carry, for example {"jkt": …}: a thumbprint, so a hash. Of a certificate
+    or signature {"spki_sha256": hex}, of the key that is certified or signs.
     facts: attestor name -> "sha256:…" of the facts' values. epoch: the ledger's, when decided.
     process: None where the caller is not a process on this node. key_id: of the signing key.
     authority_sha256: hex, of the authority that vouched for the caller's SVID; empty where it showed none (unix).
+    approval: the digest (hex) of the request whose approvals it uses up, or that its parent used up; empty where none
+    counted for it. approvers: who gave those that counted; each of them still had to count when this was recorded.
+    request_id: the caller's own id of the request; empty where it gave none.
+    parent: the `jti` of the signing grant that it spends; empty for what is granted itself.
+    artifacts: "sha256:<hex>" of each artifact that is signed or may be.
     """
 
     jti: str
@@ -67,14 +78,23 @@ class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
     policy_revision: str
     facts: dict[str, str]
     process: ProcessReference | None = None
-    method: Literal["mtls", "unix", "jwt-svid"]
+    method: Method
     key_id: str
     authority_sha256: str = ""
+    approval: str = ""
+    approvers: tuple[str, ...] = ()
+    request_id: str = ""
+    parent: str = ""
+    artifacts: tuple[str, ...] = ()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its `jti` names a credential that can be found and used up; a signature is neither."""
+        return self.credential != "signature"
 
     def to_action(self) -> Action:
         """The action as decided. Raises: broker.errors.Invalid when the record was changed and names none."""
-        found = msgspec.json.decode(self.action, type=_ActionJson)
-        return Action.parse(found.action, found.resource, found.audience, bytes(found.parameters))
+        return _action(self.action)
 
 
 class _ActionJson(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,16 +104,23 @@ class _ActionJson(Struct, frozen=True, forbid_unknown_fields=True):
     resource: str
 
 
+def _action(canonical: Raw) -> Action:
+    found = msgspec.json.decode(canonical, type=_ActionJson)
+    return Action.parse(found.action, found.resource, found.audience, bytes(found.parameters))
+
+
 class Outcome(Event, frozen=True, kw_only=True, tag="outcome", gc=False):
     """What became of the intent with sequence number `intent`.
 
     result: "unknown" where the broker ended, or the record was lost, before it could say.
     credential_sha256: hex, of the credential's bytes; empty unless issued.
+    answer_sha256: hex, of the answer that is kept beside the ledger (`Ledger.store_answer`); empty where none is.
     """
 
     intent: int
     result: Literal["issued", "failed", "unknown"]
     credential_sha256: str = ""
+    answer_sha256: str = ""
 
 
 class _Bounded(Event, frozen=True, kw_only=True, gc=False):
@@ -102,8 +129,13 @@ class _Bounded(Event, frozen=True, kw_only=True, gc=False):
     detail: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.detail) > MAX_DETAIL:
-            msgspec.structs.force_setattr(self, "detail", self.detail[: MAX_DETAIL - 1] + "…")
+        _cut(self, "detail")
+
+
+def _cut(record: Event, name: str) -> None:
+    text = getattr(record, name)
+    if len(text) > MAX_DETAIL:
+        msgspec.structs.force_setattr(record, name, text[: MAX_DETAIL - 1] + "…")
 
 
 class Refusal(_Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
@@ -111,7 +143,7 @@ class Refusal(_Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
 
     action, resource, audience, action_digest: empty where the request never became an action. Parameters are left
     out: refused requests cost the caller nothing, and 4 KiB each would fill the disk.
-    edge: how the caller was identified ("mtls", "unix", "jwt-svid"). stage: identify, request, check, redeem, explain.
+    edge: how the caller was identified, as `Method`. stage: identify, request, check, redeem, explain.
     """
 
     reason: Reason
@@ -135,12 +167,68 @@ class Redemption(Event, frozen=True, kw_only=True, tag="redemption", gc=False):
     """A single-use credential was used up.
 
     idempotency_sha256: hex, of the caller's idempotency id. content_sha256: hex, of what it asked to redeem.
+    result: "refused" where it was decided again, and the answer was no: then it is used up all the same.
     """
 
     jti: str
     by: str
     idempotency_sha256: str
     content_sha256: str = ""
+    result: Literal["used", "refused"] = "used"
+
+
+class ApprovalAsked(Event, frozen=True, kw_only=True, tag="approval_asked", gc=False):
+    """A request that others must approve first.
+
+    request_digest: hex, SHA-256 over RFC 8785 JSON of {action_digest, principal, request_id}. action: the bytes of
+    `Action.canonical`. request_id: the caller's own. text: what the broker shows to approvers.
+    expires_at: when it is forgotten unless it is asked again; at most `MAX_APPROVAL` after `at`.
+    """
+
+    request_digest: str
+    principal: str
+    action: Raw
+    action_digest: str
+    request_id: str
+    text: str
+    expires_at: Time
+
+    def to_action(self) -> Action:
+        """The action as asked. Raises: broker.errors.Invalid when the record was changed and names none."""
+        return _action(self.action)
+
+
+class _Approver(Event, frozen=True, kw_only=True, gc=False):
+    """What somebody said about the request with this digest.
+
+    by: a SPIFFE ID or a person's id. reason: its own words, cut at `MAX_DETAIL` characters.
+    evidence_sha256: hex, of the ID token that showed who a person is; empty for a workload.
+    """
+
+    request_digest: str
+    by: str
+    reason: str = ""
+    method: Method
+    evidence_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        _cut(self, "reason")
+
+
+class Approved(_Approver, frozen=True, kw_only=True, tag="approved", gc=False):
+    """Somebody said yes, by these policies, until `expires_at`: at most `MAX_APPROVAL` after `at`.
+
+    rules_sha256: hex, over the texts of those policies (approval_records.py): it counts while they stand unchanged.
+    """
+
+    policies: tuple[str, ...]
+    policy_revision: str
+    rules_sha256: str
+    expires_at: Time
+
+
+class ApprovalWithdrawn(_Approver, frozen=True, kw_only=True, tag="approval_withdrawn", gc=False):
+    """Somebody took its yes back, which needs nobody's leave."""
 
 
 class KeyBound(Event, frozen=True, kw_only=True, tag="key_bound", gc=False):
@@ -216,6 +304,9 @@ Record = (
     | Refusal
     | CountedRefusals
     | Redemption
+    | ApprovalAsked
+    | Approved
+    | ApprovalWithdrawn
     | KeyBound
     | KeyPublished
     | PolicyChanged

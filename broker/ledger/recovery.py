@@ -1,9 +1,10 @@
 """What opening a store finds out and writes down: a new epoch where it was put back, "unknown" for open intents.
 
 The index tables only repeat what the records say, and nothing but the file's mode protects them. So what they say of
-redemptions and bound keys is written anew from the records at each start: a row that somebody deleted or changed comes
-back. Who can write the file while the broker runs can still make it accept a second redemption, or another key for an
-assertion that he holds, until the next start; then the records show both, and `ledger verify` says so of redemptions.
+redemptions, bound keys and approvals is written anew from the records at each start: a row that somebody deleted or
+changed comes back. Who can write the file while the broker runs can still make it accept a second redemption, another
+key for an assertion that he holds, or approvals that were withdrawn or used up, until the next start; then the records
+show both, and `ledger verify` says so of redemptions and of approvals that were used twice or after a withdrawal.
 """
 
 import secrets
@@ -27,6 +28,9 @@ _READ_BACK = timedelta(hours=1, seconds=KEEP_S)
 """As long as an assertion may live (identity/strict.py); action tokens live for minutes."""
 _READ_BACK_RECORDS = 2_000_000
 """Seconds of reading, and ten minutes of all that one broker can record."""
+_APPROVAL_TABLES = ("approval_requests", "approvals", "consumptions")
+_APPROVAL_KINDS = ("approval_asked", "approved", "approval_withdrawn")
+_ApprovalEvent = records.ApprovalAsked | records.Approved | records.ApprovalWithdrawn | records.Intent
 
 
 class _Peek(Struct, frozen=True):
@@ -43,6 +47,7 @@ _peek = msgspec.json.Decoder(_Peek).decode
 class _When(Struct, frozen=True):
     kind: str
     at: datetime
+    approval: str = ""
 
 
 _when = msgspec.json.Decoder(_When).decode
@@ -98,7 +103,9 @@ def recover(tx: Transaction, ledger_id: bytes, last: tuple[Checkpoint, bytes] | 
         epoch = max(tx.epoch, last[0].epoch if last else 0) + 1
         note = last[1].decode() if last else ""
         tx.start_epoch(epoch, now)
-        tx.connection.execute("DELETE FROM keys")  # what they signed no longer counts
+        # What the keys signed, and what was approved, no longer counts.
+        for table in ("keys", *_APPROVAL_TABLES):
+            tx.connection.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
         tx.add(records.encode(records.EpochStarted(at=now, epoch=epoch, detail=why, checkpoint=note)))
     for seq in tx.open:
         close_as_unknown(tx, seq, now)
@@ -106,11 +113,15 @@ def recover(tx: Transaction, ledger_id: bytes, last: tuple[Checkpoint, bytes] | 
 
 
 def restore_index(connection: apsw.Connection, path: Path, now: datetime) -> None:
-    """Writes the rows of redemptions and bindings anew, as the records of the last hour have them.
+    """Writes the rows of redemptions, bindings and approvals anew, as the records of the last hour have them.
+
+    Of approvals also as those before have them, back to the oldest that has a row: what used it up or took it back
+    comes after it. One that is older than what can be read is forgotten: nothing would say whether it still counts.
 
     Raises: Unavailable when one of these cannot be read.
     """
     forgotten = int(connection.execute("SELECT bindings_forgotten FROM ledger").get)
+    events: list[tuple[int, _ApprovalEvent]] = []
     for number, body in _last_records(connection, path, now):
         try:
             record = records.decode(body)
@@ -134,24 +145,62 @@ def restore_index(connection: apsw.Connection, path: Path, now: datetime) -> Non
                         "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?)",
                         (number, bytes.fromhex(record.assertion_sha256), record.jkt, expires_at),
                     )
+            elif isinstance(record, _ApprovalEvent):
+                events.append((number, record))
         except (msgspec.DecodeError, ValueError) as error:
             raise _damaged(number, path) from error
+    connection.execute("DELETE FROM approvals")
+    if events:
+        for table in ("approval_requests", "consumptions"):
+            connection.execute(f"DELETE FROM {table} WHERE seq >= ?", (events[-1][0],))  # noqa: S608 - ours
+    for number, event in reversed(events):
+        _again(connection, number, event)
+
+
+def _again(connection: apsw.Connection, seq: int, event: _ApprovalEvent) -> None:
+    """What this record said when it was written, in the order of the records: the latest counts."""
+    execute = connection.execute
+    match event:
+        case records.ApprovalAsked(request_digest=digest):
+            # Nothing is asked again while its use is known: when it was, everything about it had been forgotten.
+            if execute("DELETE FROM consumptions WHERE digest = ? RETURNING seq", (digest,)).fetchall():
+                execute("DELETE FROM approvals WHERE digest = ?", (digest,))
+            ends = seconds_up(event.expires_at)
+            execute(
+                "INSERT OR REPLACE INTO approval_requests VALUES (?, ?, ?, ?)", (seq, digest, event.principal, ends)
+            )
+        case records.Approved(request_digest=digest):
+            ends = seconds_up(event.expires_at)
+            execute("INSERT OR REPLACE INTO approvals VALUES (?, ?, ?, ?)", (seq, digest, event.by, ends))
+        case records.ApprovalWithdrawn(request_digest=digest):
+            execute("DELETE FROM approvals WHERE digest = ? AND approver = ?", (digest, event.by))
+        case records.Intent(approval=digest):
+            found = execute("SELECT jti FROM consumptions WHERE digest = ?", (digest,)).fetchone()
+            if found is None or found[0] != event.parent:
+                ends = seconds_up(event.expires_at)
+                execute("INSERT OR REPLACE INTO consumptions VALUES (?, ?, ?, ?)", (seq, digest, event.jti, ends))
 
 
 def _last_records(connection: apsw.Connection, path: Path, now: datetime) -> Iterator[tuple[int, bytes]]:
-    """What concerns the index of the last hour, the latest first: of two that claim the same, the first stays last."""
-    since = None
+    """What concerns the index, the latest first: of two that claim the same, the first stays last."""
+    since, same_epoch = None, True
+    oldest = connection.execute("SELECT min(seq) FROM approvals").get
     rows = connection.execute("SELECT seq, body FROM records ORDER BY seq DESC LIMIT ?", (_READ_BACK_RECORDS,))
     for number, body in rows:
         try:
             record = _when(body)
             # Also back from the last record's own time, should the clock have been put forward since.
             since = since or min(now, record.at) - _READ_BACK
-            if record.at < since:
-                break
+            recent = record.at >= since
         except (msgspec.DecodeError, TypeError) as error:  # TypeError: a time without a zone
             raise _damaged(number, path) from error
-        if record.kind in ("redemption", "key_bound"):
+        if not recent and (not same_epoch or oldest is None or number < oldest):
+            break
+        if record.kind == "epoch_started":
+            same_epoch = False  # no approval from before it counts
+        elif (recent and record.kind in ("redemption", "key_bound")) or (
+            same_epoch and (record.kind in _APPROVAL_KINDS or record.approval)
+        ):
             yield number, body
 
 

@@ -43,6 +43,23 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # When the longest-lived assertion expired whose binding was deleted.
     "ALTER TABLE ledger ADD COLUMN bindings_forgotten INTEGER NOT NULL DEFAULT 0",
+    # Digests of requests are hexadecimal. Each row's seq is that of the record it stands for; an answer's, its outcome.
+    """
+    CREATE TABLE approval_requests (
+        seq INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, principal TEXT NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX approval_requests_of ON approval_requests (principal);
+    CREATE TABLE approvals (
+        seq INTEGER PRIMARY KEY, digest TEXT NOT NULL, approver TEXT NOT NULL, expires_at INTEGER NOT NULL,
+        UNIQUE (digest, approver)
+    ) STRICT;
+    CREATE TABLE consumptions (
+        seq INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, jti TEXT NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE answers (
+        seq INTEGER PRIMARY KEY, jti TEXT NOT NULL UNIQUE, answer BLOB NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT;
+    """,
 )
 """Migration n brings a store from n-1 to n. Never edited, only added to. Times are seconds since 1970, rounded up,
 except where microseconds are said."""

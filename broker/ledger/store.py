@@ -5,6 +5,7 @@ Cancelling who awaits does not cancel what was asked: it is done whole, or, when
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,13 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+import msgspec
 import structlog
 
 from broker.errors import Reason, Unavailable
-from broker.ledger import operations, records
+from broker.ledger import approvals, operations, records, spending
+from broker.ledger.approvals import ApprovalRow, ApprovalSeen, Counted
 from broker.ledger.checkpoint import Checkpointer
 from broker.ledger.group import GroupCommit, Limits
-from broker.ledger.operations import CredentialRow, Operation, Redeemed
+from broker.ledger.operations import CredentialRow, Operation
+from broker.ledger.spending import Redeemed, Spent
 from broker.ledger.transaction import seconds_up
 from broker.ledger.writer import Writer
 
@@ -43,6 +47,7 @@ class Ledger:
         self._counts: Counter[Reason] = Counter()
         self._counted_since = clock()
         self._counts_due = self._loop.time() + limits.counts_s
+        self._subscribers: dict[Callable[[str], None], None] = {}
         self._noted = 0
         self._closed = False
         self._timer = self._loop.call_later(limits.maintain_s, self._tick)
@@ -95,9 +100,14 @@ class Ledger:
         """The same, typed for what must be awaited before a key is used (DESIGN invariant 1).
 
         The credential is live from then on: `credential` finds it, `redeem` uses it up. A future, so that who goes away
-        can still learn what became of it: shield it. What `append` raises is raised here or when it is awaited.
+        can still learn what became of it: shield it. What `append` raises is raised here or when it is awaited; also
+        Refused APPROVAL_REQUIRED where the approvals that it uses up gave another credential, or one of them counts no
+        more. The intent that uses up approvals is covered by a checkpoint outside, too, before it is there.
         """
-        return self._groups.submit(self._operation(intent))
+        future = self._groups.submit(self._operation(intent))
+        if intent.approval:
+            future.add_done_callback(lambda done: self._tell(done, intent.approval))
+        return future
 
     def append_later(self, record: records.Record) -> None:
         """With the next commit, at most 10 ms from now; kept while the store cannot be written.
@@ -119,15 +129,34 @@ class Ledger:
     def _operation(self, record: records.Record) -> Operation:
         body = records.encode(record)
         if isinstance(record, records.Intent):
-            if record.epoch != self.epoch:
-                raise ValueError("an intent is of the ledger's own epoch: read `epoch` when deciding")
-            expires_at = seconds_up(record.expires_at)
-            return operations.AppendIntent(body=body, jti=record.jti, epoch=record.epoch, expires_at=expires_at)
+            return self._append_intent(record, body)
         if isinstance(record, records.Outcome):
             return operations.AppendOutcome(body=body, intent=record.intent)
         if isinstance(record, records.PolicyChanged):
             return operations.AppendAhead(body=body)
         return operations.Append(body=body)
+
+    def _append_intent(self, intent: records.Intent, body: bytes) -> operations.AppendIntent:
+        if intent.epoch != self.epoch:
+            raise ValueError("an intent is of the ledger's own epoch: read `epoch` when deciding")
+        jti, epoch, expires_at, live = intent.jti, intent.epoch, seconds_up(intent.expires_at), intent.is_live
+        if bool(intent.approval) != bool(intent.approvers):
+            raise ValueError("an intent names the request whose approvals it uses, and who gave them, or neither")
+        if not intent.approval:
+            return operations.AppendIntent(body=body, jti=jti, epoch=epoch, expires_at=expires_at, live=live)
+        return approvals.AppendApprovedIntent(
+            body=body,
+            jti=jti,
+            epoch=epoch,
+            expires_at=expires_at,
+            live=live,
+            counted=Counted(
+                digest=intent.approval,
+                approvers=intent.approvers,
+                credential=intent.parent,
+                at=intent.at.timestamp(),
+            ),
+        )
 
     async def credential(self, jti: str) -> CredentialRow | None:
         """The credential with this id if it counts in this epoch, until 60 s after its expiry. Not checked: expiry."""
@@ -142,23 +171,136 @@ class Ledger:
         *,
         now: datetime,
         correlation_id: str,
+        counted: Counted | None = None,
     ) -> Redeemed:
         """Uses the credential up: once in the world (DESIGN invariant 7).
 
         content_sha256: of what the caller asked to redeem. The same caller, id and content get the first answer again
         until the credential expires. The answer is durable, and covered by a checkpoint outside, before it returns.
+        counted: where it was decided again on approvals.
 
-        Raises: Refused ALREADY_USED; EXPIRED; REVOKED where the store knows no such credential of this epoch.
+        Raises: Refused ALREADY_USED; EXPIRED; REVOKED where the store knows no such credential of this epoch;
+        APPROVAL_REQUIRED.
         """
-        operation = operations.Redeem(
-            jti=jti,
-            caller=caller,
-            idempotency_id=idempotency_id,
-            content_sha256=content_sha256,
-            now=now,
-            correlation_id=correlation_id,
+        question = spending.Question(
+            jti=jti, caller=caller, idempotency_id=idempotency_id, content_sha256=content_sha256, now=now
         )
+        operation = spending.Redeem(question=question, correlation_id=correlation_id, counted=counted)
         return cast("Redeemed", await self._groups.submit(operation))
+
+    async def spend(
+        self,
+        jti: str,
+        idempotency_id: str,
+        caller: str,
+        content_sha256: bytes,
+        *,
+        intent: records.Intent | None,
+        now: datetime,
+        correlation_id: str,
+    ) -> Spent:
+        """Uses a grant up and records the intent of what it is spent on, both or neither: once in the world.
+
+        intent: its `parent` is `jti`; None where the grant is spent by a refusal. Asked again by the same caller with
+        the same id and content it records nothing, and has the stored answer if there is one. Durable, and covered by a
+        checkpoint outside, before it returns.
+
+        Raises: as `redeem`, and Refused APPROVAL_REQUIRED as `record_intent`.
+        """
+        if intent is not None and intent.parent != jti:
+            raise ValueError("the parent of an intent is the grant that is spent on it")
+        question = spending.Question(
+            jti=jti, caller=caller, idempotency_id=idempotency_id, content_sha256=content_sha256, now=now
+        )
+        appended = None if intent is None else self._append_intent(intent, records.encode(intent))
+        operation = spending.Spend(question=question, intent=appended, correlation_id=correlation_id)
+        future = self._groups.submit(operation)
+        if intent is not None and intent.approval:
+            future.add_done_callback(lambda done: self._tell(done, intent.approval))
+        return cast("Spent", await asyncio.shield(future))  # who asked may go away; who waits is told all the same
+
+    async def find_answer(
+        self, jti: str, idempotency_id: str, caller: str, content_sha256: bytes, now: datetime
+    ) -> bytes | None:
+        """The answer that was stored for this very question; None while nobody has spent the grant.
+
+        Raises: as `redeem`; Refused ALREADY_USED also where it was spent and no answer was stored.
+        """
+        question = spending.Question(
+            jti=jti, caller=caller, idempotency_id=idempotency_id, content_sha256=content_sha256, now=now
+        )
+        return cast("bytes | None", await self._groups.submit(spending.FindAnswer(question=question)))
+
+    async def store_answer(self, jti: str, answer: bytes, outcome: records.Outcome) -> None:
+        """Keeps the answer of a spent grant until the grant has expired, with the outcome, durably.
+
+        answer: public values only; it lies in the store as it is. outcome: of the intent that was recorded with the
+        spend; the answer's hash is added to it.
+
+        Raises: Refused REVOKED where the grant is not spent, ALREADY_USED where it has an answer.
+        """
+        hashed = msgspec.structs.replace(outcome, answer_sha256=hashlib.sha256(answer).hexdigest())
+        await self._groups.submit(
+            spending.StoreAnswer(body=records.encode(hashed), intent=outcome.intent, jti=jti, answer=answer)
+        )
+
+    # -- approvals ---------------------------------------------------------------------------------------------------
+
+    def subscribe_approvals(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Calls back with a request's digest after each change of it here that is durable. Not told: what expires.
+
+        Returns what ends it.
+        """
+        self._subscribers[callback] = None
+        return lambda: self._subscribers.pop(callback, None)
+
+    async def ask_approval(self, asked: records.ApprovalAsked) -> None:
+        """Keeps a request for approvers to see. The same one again is kept longer, or changes nothing.
+
+        Raises: Refused QUOTA where 64 of its principal wait, ALREADY_USED where its approvals gave a credential.
+        """
+        _require_short_lived(asked)
+        await self._change(approvals.Ask(asked=asked, body=records.encode(asked)), asked.request_digest)
+
+    async def approval_request(self, digest: str) -> ApprovalRow | None:
+        """The request with this digest, until 60 s after its expiry. Not checked: expiry."""
+        return cast("ApprovalRow | None", await self._groups.submit(approvals.FindRequest(digest=digest)))
+
+    async def pending(self, now: datetime) -> tuple[ApprovalRow, ...]:
+        """The requests that wait, the oldest first, at most 1,000."""
+        return cast("tuple[ApprovalRow, ...]", await self._groups.submit(approvals.FindPending(now=now)))
+
+    async def approve(self, approved: records.Approved) -> ApprovalSeen:
+        """Keeps an approval; another one by the same approver takes its place. Not checked: who it is.
+
+        Raises: Refused EXPIRED where no such request waits, ALREADY_USED where its approvals gave a credential.
+        """
+        _require_short_lived(approved)
+        operation = approvals.Approve(approved=approved, body=records.encode(approved))
+        return cast("ApprovalSeen", await self._change(operation, approved.request_digest))
+
+    async def withdraw(self, withdrawn: records.ApprovalWithdrawn) -> bool:
+        """Takes an approval back: it counts no more, for what it gave neither. False, and no record, where none did.
+
+        Durable, and covered by a checkpoint outside, before it returns.
+        """
+        operation = approvals.Withdraw(withdrawn=withdrawn, body=records.encode(withdrawn))
+        return cast("bool", await self._change(operation, withdrawn.request_digest))
+
+    async def approvals(self, digest: str, now: datetime, credential: str) -> tuple[ApprovalSeen, ...]:
+        """The approvals that count; none where they gave another credential than `credential` (its `jti`, or "")."""
+        operation = approvals.FindApprovals(digest=digest, credential=credential, now=now)
+        return cast("tuple[ApprovalSeen, ...]", await self._groups.submit(operation))
+
+    def _change(self, operation: Operation, digest: str) -> asyncio.Future[Any]:
+        future = self._groups.submit(operation)
+        future.add_done_callback(lambda done: self._tell(done, digest))
+        return asyncio.shield(future)  # who asked may go away; who waits is told all the same
+
+    def _tell(self, done: asyncio.Future[Any], digest: str) -> None:
+        if not done.cancelled() and done.exception() is None:
+            for callback in tuple(self._subscribers):
+                self._loop.call_soon(callback, digest)
 
     async def bind_key(
         self, assertion_sha256: bytes, jkt: str, expires_at: datetime, *, now: datetime, correlation_id: str
@@ -237,3 +379,8 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _require_short_lived(record: records.ApprovalAsked | records.Approved) -> None:
+    if record.expires_at - record.at > records.MAX_APPROVAL:
+        raise ValueError("an approval, or a request for some, counts for a day at most")

@@ -46,6 +46,13 @@ class Transaction:
         self.records.append((self.seq, self.head, body))
         return self.seq
 
+    def body(self, seq: int) -> bytes | None:
+        """The record with this number, of the store or of this group; None where there is none."""
+        if self.records and seq >= self.records[0][0]:
+            return self.records[seq - self.records[0][0]][2] if seq <= self.seq else None
+        row = self.connection.execute("SELECT body FROM records WHERE seq = ?", (seq,)).fetchone()
+        return bytes(row[0]) if row else None
+
     def start_epoch(self, epoch: int, at: datetime) -> None:
         """From here on only credentials of `epoch` count."""
         self.epoch, self.since = epoch, microseconds(at)

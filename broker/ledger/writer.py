@@ -3,10 +3,11 @@
 Synchronous, and used by one thread at a time. What is in memory (the head, the open intents) changes only after the
 commit that it describes; after a commit of unknown fate it is read again from the file.
 
-Which window remains behind the outside checkpoint: an answer of `Redeem` or `BindKey` leaves only after a checkpoint
-covers it, so a store that was put back and lacks one is always seen. Any other record may be up to `every_s` (1 s)
-older than its checkpoint, or older while the checkpoint cannot be written, which `problem` says. A store put back to
-within that window lacks intents at most: their credentials are then unknown, so refused where the store is asked.
+Which window remains behind the outside checkpoint: an answer to what is `covered` (what uses a credential or approvals
+up, takes an approval back, or binds a key) leaves only after a checkpoint covers it, so a store that was put back and
+lacks one is always seen. Any other record may be up to `every_s` (1 s) older than its checkpoint, or older while the
+checkpoint cannot be written, which `problem` says. A store put back to within that window lacks intents, approvals and
+stored answers at most: what is unknown is refused where the store is asked.
 """
 
 import contextlib

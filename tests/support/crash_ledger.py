@@ -6,7 +6,10 @@ after the acknowledgement, so that whoever reads it may hold the ledger to it:
     ready
     intent JTI SEQ
     redeemed JTI IDEMPOTENCY-ID MICROSECONDS
-    twice JTI                                  a second redemption was taken: never to be seen
+    spent GRANT IDEMPOTENCY-ID SEQ             a signing grant, on the signature with this intent
+    answered GRANT                             its answer, `answer_to(GRANT)`, is stored; some never are
+    used DIGEST JTI                            the approvals of this request gave this credential
+    twice WHAT                                 it was used a second time: never to be seen
 """
 
 import asyncio
@@ -16,7 +19,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from support.ledger_records import intent, open_ledger, outcome
+from support.ledger_records import approved, asked, intent, open_ledger, outcome, request_digest, signature
 
 from broker.errors import Refused
 from broker.ledger.store import Ledger
@@ -49,6 +52,33 @@ async def redeem(ledger: Ledger, jti: str) -> None:
     tell("twice", jti)
 
 
+def answer_to(grant: str) -> bytes:
+    """What the grant's caller was sent."""
+    return f"signature under {grant}".encode()
+
+
+async def sign(ledger: Ledger) -> None:
+    """An approved grant, spent on a signature; in half of all cases its answer is never stored."""
+    request_id, grant, idempotency_id = (secrets.token_hex(16) for _ in range(3))
+    digest, now = request_digest(request_id), utc_now()
+    await ledger.ask_approval(asked(request_id, now=now, principal=f"spiffe://acme.test/{request_id}"))
+    await ledger.approve(approved(request_id, now=now))
+    made = {"epoch": ledger.epoch, "now": now, "ttl_s": 120, "credential": "signing_grant", "approval": digest}
+    await ledger.record_intent(intent(grant, **made))  # type: ignore[arg-type] - what intent takes
+    tell("used", digest, grant)
+    try:
+        await ledger.record_intent(intent(**made))  # type: ignore[arg-type] - what intent takes
+        tell("twice", digest)
+    except Refused:
+        pass
+    intended = signature(grant, epoch=ledger.epoch, now=now)
+    spent = await ledger.spend(grant, idempotency_id, CALLER, CONTENT, intent=intended, now=now, correlation_id="")
+    tell("spent", grant, idempotency_id, spent.intent_seq)
+    if secrets.randbelow(2) and spent.intent_seq is not None:
+        await ledger.store_answer(grant, answer_to(grant), outcome(spent.intent_seq, now))
+        tell("answered", grant)
+
+
 async def work(ledger: Ledger) -> None:
     """Intents without end; most get an outcome, some are redeemed."""
     while True:
@@ -60,6 +90,8 @@ async def work(ledger: Ledger) -> None:
             ledger.append_later(outcome(seq, utc_now()))
         if chance > 7:
             await redeem(ledger, jti)
+        if chance == 7:
+            await sign(ledger)
 
 
 async def main(folder: Path) -> None:

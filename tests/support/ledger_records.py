@@ -33,7 +33,9 @@ class Clock:
 
 
 def intent(jti: str = "", *, epoch: int = 1, now: datetime = NOW, ttl_s: int = 60, **changes: object) -> records.Intent:
-    """A realistic intent; `jti` is random unless given."""
+    """A realistic intent; `jti` is random unless given. One that uses approvals names ann unless others are given."""
+    if changes.get("approval"):
+        changes.setdefault("approvers", (APPROVER,))
     made = records.Intent(
         at=now,
         correlation_id="0f6a3c6e5d9b4a1f",
@@ -63,6 +65,70 @@ def outcome(seq: int, now: datetime = NOW) -> records.Outcome:
     return records.Outcome(
         at=now, correlation_id="0f6a3c6e5d9b4a1f", intent=seq, result="issued", credential_sha256=digest
     )
+
+
+APPROVER = "spiffe://acme.test/people/ann"
+
+
+def request_digest(request_id: str = "r") -> str:
+    """The digest of a request for approval, or what looks like one: the ledger does not compute it."""
+    return hashlib.sha256(request_id.encode()).hexdigest()
+
+
+def asked(
+    request_id: str = "r", *, now: datetime = NOW, lives_s: int = 3600, principal: str = PRINCIPAL
+) -> records.ApprovalAsked:
+    """The request that waits for approval."""
+    return records.ApprovalAsked(
+        at=now,
+        correlation_id="0f6a3c6e5d9b4a1f",
+        request_digest=request_digest(request_id),
+        principal=principal,
+        action=msgspec.Raw(ACTION.canonical),
+        action_digest=ACTION.digest.hex(),
+        request_id=request_id,
+        text="Refund 12 for order 17",
+        expires_at=now + timedelta(seconds=lives_s),
+    )
+
+
+def approved(
+    request_id: str = "r", by: str = APPROVER, *, now: datetime = NOW, lives_s: int = 600, reason: str = "looked at it"
+) -> records.Approved:
+    """Somebody said yes to it."""
+    return records.Approved(
+        at=now,
+        request_digest=request_digest(request_id),
+        by=by,
+        reason=reason,
+        method="mtls",
+        policies=("release-managers",),
+        policy_revision="sha256:5df6e0e2761359d3",
+        rules_sha256="55" * 32,
+        expires_at=now + timedelta(seconds=lives_s),
+    )
+
+
+def withdrawn(request_id: str = "r", by: str = APPROVER, *, now: datetime = NOW) -> records.ApprovalWithdrawn:
+    """Somebody took it back."""
+    return records.ApprovalWithdrawn(
+        at=now,
+        request_digest=request_digest(request_id),
+        by=by,
+        reason="a mistake",
+        method="mtls",
+    )
+
+
+def signature(grant: str, **changes: object) -> records.Intent:
+    """The intent of the signature that the grant with this `jti` is spent on."""
+    defaults: dict[str, object] = {
+        "credential": "signature",
+        "parent": grant,
+        "cnf": {"spki_sha256": "33" * 32},
+        "artifacts": ("sha256:" + "44" * 32,),
+    }
+    return intent(**{**defaults, **changes})  # type: ignore[arg-type] - what intent takes
 
 
 def checkpointer(folder: Path) -> Checkpointer:

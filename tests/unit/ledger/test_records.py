@@ -5,7 +5,7 @@ from datetime import datetime, timedelta, timezone
 
 import msgspec
 import pytest
-from support.ledger_records import ACTION, NOW, intent, outcome
+from support.ledger_records import ACTION, NOW, approved, asked, intent, outcome, withdrawn
 
 from broker.errors import Reason
 from broker.ledger import records
@@ -25,14 +25,16 @@ PINNED: list[tuple[Record, bytes]] = [
             b'"policy_revision":"sha256:5df6e0e2761359d3","facts":{"spire":"sha256:' + b"11" * 32 + b'",'
             b'"process":"sha256:' + b"22" * 32 + b'"},"process":{"pid":4711,"start_time":99120,"uid":1600,"gid":1600,'
             b'"exe_device":2049,"exe_inode":131074},"method":"unix","key_id":"NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs",'
-            b'"authority_sha256":""}'
+            b'"authority_sha256":"","approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]}'
         ),
     ),
     (
         outcome(7, NOW.replace(microsecond=42)),
         (
             b'{"kind":"outcome","at":"2026-11-22T23:07:00.000042Z","correlation_id":"0f6a3c6e5d9b4a1f","intent":7,'
-            b'"result":"issued","credential_sha256":"' + hashlib.sha256((7).to_bytes(8)).hexdigest().encode() + b'"}'
+            b'"result":"issued","credential_sha256":"'
+            + hashlib.sha256((7).to_bytes(8)).hexdigest().encode()
+            + b'","answer_sha256":""}'
         ),
     ),
     (
@@ -53,7 +55,36 @@ PINNED: list[tuple[Record, bytes]] = [
         records.Redemption(at=NOW, jti="j", by="b", idempotency_sha256="00", content_sha256="01"),
         (
             b'{"kind":"redemption","at":"2026-11-22T23:07:00Z","correlation_id":"","jti":"j","by":"b",'
-            b'"idempotency_sha256":"00","content_sha256":"01"}'
+            b'"idempotency_sha256":"00","content_sha256":"01","result":"used"}'
+        ),
+    ),
+    (
+        asked("r"),
+        (
+            b'{"kind":"approval_asked","at":"2026-11-22T23:07:00Z","correlation_id":"0f6a3c6e5d9b4a1f",'
+            b'"request_digest":"454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1",'
+            b'"principal":"spiffe://acme.test/build/agent","action":{"action":"orders.refund",'
+            b'"audience":"https://orders.acme.test","parameters":{"amount":12},'
+            b'"resource":"https://orders.acme.test/orders/17"},"action_digest":"' + ACTION.digest.hex().encode() + b'",'
+            b'"request_id":"r","text":"Refund 12 for order 17","expires_at":"2026-11-23T00:07:00Z"}'
+        ),
+    ),
+    (
+        approved("r"),
+        (
+            b'{"kind":"approved","at":"2026-11-22T23:07:00Z","correlation_id":"",'
+            b'"request_digest":"454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1",'
+            b'"by":"spiffe://acme.test/people/ann","reason":"looked at it","method":"mtls","evidence_sha256":"",'
+            b'"policies":["release-managers"],"policy_revision":"sha256:5df6e0e2761359d3",'
+            b'"rules_sha256":"' + b"55" * 32 + b'","expires_at":"2026-11-22T23:17:00Z"}'
+        ),
+    ),
+    (
+        withdrawn("r"),
+        (
+            b'{"kind":"approval_withdrawn","at":"2026-11-22T23:07:00Z","correlation_id":"",'
+            b'"request_digest":"454349e422f05297191ead13e21d3db520e5abef52055e4964b82fb213f593a1",'
+            b'"by":"spiffe://acme.test/people/ann","reason":"a mistake","method":"mtls","evidence_sha256":""}'
         ),
     ),
     (
@@ -109,16 +140,19 @@ def test_record_bytes_are_pinned_and_read_back_as_the_same_record(record: Record
 @pytest.mark.parametrize(
     ("later", "record"),
     [
-        (b',"authority_sha256":""', PINNED[0]),
-        (b',"content_sha256":"01"', PINNED[4]),
-        (b',"expires_at":"2026-11-22T23:07:00Z"', PINNED[5]),
+        (b',"authority_sha256":"","approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]', PINNED[0]),
+        (b',"approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]', PINNED[0]),
+        (b',"answer_sha256":""', PINNED[1]),
+        (b',"content_sha256":"01","result":"used"', PINNED[4]),
+        (b',"result":"used"', PINNED[4]),
+        (b',"expires_at":"2026-11-22T23:07:00Z"', PINNED[8]),
     ],
-    ids=["intent", "redemption", "key_bound"],
+    ids=["intent", "intent-2", "outcome", "redemption", "redemption-2", "key_bound"],
 )
 def test_a_record_from_before_a_field_was_added_is_still_read(later: bytes, record: tuple[Record, bytes]) -> None:
     before = record[1].removesuffix(later + b"}") + b"}"
     assert len(before) == len(record[1]) - len(later)
-    assert records.decode(before).at == NOW
+    assert records.decode(before).at == record[0].at
 
 
 def test_every_kind_of_record_is_pinned() -> None:
@@ -143,6 +177,7 @@ def test_a_caller_cannot_fill_the_ledger_with_a_long_detail() -> None:
     def refusal(detail: str) -> records.Refusal:
         return records.Refusal(at=NOW, reason=Reason.DENIED, detail=detail, principal="p", edge="mtls", stage="request")
 
+    assert len(approved(reason="x" * 100_000).reason) == records.MAX_DETAIL
     assert len(refusal("x" * 100_000).detail) == records.MAX_DETAIL
     assert refusal("x" * records.MAX_DETAIL).detail == "x" * records.MAX_DETAIL
 
@@ -169,4 +204,5 @@ def test_no_record_has_a_field_for_a_credential_or_a_key() -> None:
     names = {name for kind in Record.__args__ for name in kind.__struct_fields__}
     assert not {name for name in names if name in {"token", "proof", "evidence", "secret", "private_key", "jwk"}}
     hashed = {"credential_sha256", "idempotency_sha256", "assertion_sha256", "record_sha256", "action_digest"}
+    hashed |= {"answer_sha256", "evidence_sha256", "request_digest"}
     assert hashed <= names
