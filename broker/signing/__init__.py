@@ -1,0 +1,1 @@
+"""What a signature takes: keys, certificates, timestamps, bundles, and how to verify them. No policy, no request."""
