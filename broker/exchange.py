@@ -6,33 +6,36 @@ This is the only orchestrator. Every way in comes here with what it knows of the
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol
 
 import msgspec
 
-from attestors.contract import AttestationRequest, Process
-from broker.action import Action
+from attestors.contract import AttestationRequest
+from broker.action import Action, check_random_id
+from broker.artifacts import SigningRequest
 from broker.credentials import action_token, dpop, mint
 from broker.credentials.action_token import Confirmation
 from broker.credentials.jose import b64url
 from broker.credentials.keyring import KeyRing
+from broker.credentials.mint import ACTION_TOKEN, Kind
 from broker.credentials.nonce import Nonces
 from broker.decision.attest import Attestation
-from broker.decision.decide import Grant, decide, facts_digest
+from broker.decision.decide import Grant, decide
+from broker.decision.lacking import lacks_approval
 from broker.decision.quota import Quota
 from broker.decision.store import PolicyStore
-from broker.errors import BrokerError, Reason, Refused, Unavailable
+from broker.errors import ApprovalRequired, BrokerError, Reason, Refused, Unavailable
 from broker.identity import identify
 from broker.identity.identify import Entitlements, Identified, UnixPeer
 from broker.identity.trust import TrustSnapshot
-from broker.ledger.records import Intent, Outcome, ProcessReference, Refusal
+from broker.in_time import InTime
+from broker.intents import intent_of
+from broker.ledger.records import Outcome, Refusal
 from broker.ledger.store import Ledger
 
-REQUEST_TIMEOUT_S: Final = 10.0  # for attestation, decision and recording of one request
 MAX_CALLERS: Final = 100_000  # of whom quotas remember what they used
 _PROTOCOL_STEPS: Final = {Reason.NONCE_REQUIRED, Reason.QUOTA}  # counted, not written: a caller may make many
 
@@ -63,26 +66,29 @@ class Issued:
     claims: action_token.Claims
 
 
-class InTime:
-    """Bounds a block to `REQUEST_TIMEOUT_S`. Raises: Unavailable with `reason`, which the block keeps up to date."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presented:
+    """What a caller shows beside its identity, for one decision.
 
-    def __init__(self, reason: Reason = Reason.ATTESTATION_UNAVAILABLE) -> None:
-        self.reason = reason
-        self._timeout = asyncio.timeout(REQUEST_TIMEOUT_S)
+    request_id: its own id of this request, to which approvals are given; "" for none. evidence: not verified, by
+    attestor. credential: the id of the credential that is decided again, "" where none is minted yet.
+    """
 
-    async def __aenter__(self) -> Self:
-        await self._timeout.__aenter__()
-        return self
+    request_id: str = ""
+    evidence: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    credential: str = ""
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, where)
-        except TimeoutError as late:
-            raise Unavailable(self.reason, "out of time") from late
-        if isinstance(error, TimeoutError):  # somebody's own, inside
-            raise Unavailable(self.reason, "out of time") from error
+
+NOTHING: Final = Presented()
+
+
+class ApprovalDesk(Protocol):
+    """Where requests that lack approvals are laid down (approvals.py)."""
+
+    async def needed(
+        self, caller: Identified, action: Action, request_id: str, now: datetime, correlation_id: str
+    ) -> ApprovalRequired:
+        """Records that the request waits, and says what is to be approved. Raises: BrokerError."""
 
 
 Asked = Callable[[], Action]
@@ -109,6 +115,7 @@ class Exchange:
     attestations: Quota = field(default_factory=lambda: Quota(500, 1000, MAX_CALLERS))
     written: Quota = field(default_factory=lambda: Quota(1, 60, MAX_CALLERS))
     nonces: Nonces = field(default_factory=Nonces)
+    desk: ApprovalDesk | None = None
 
     # -- identify ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +205,7 @@ class Exchange:
 
     def _admit(self, identity: Identified, n: int = 1, *, ahead: int = 0) -> None:
         with self.counted():
-            self.quota.take(str(identity.spiffe_id), asyncio.get_running_loop().time(), n, ahead=ahead)
+            self.quota.take(str(identity.principal), asyncio.get_running_loop().time(), n, ahead=ahead)
 
     def _prove(self, identity: Identified, proof: KeyProof, now: datetime, correlation_id: str) -> str:
         """The thumbprint of the key that the caller holds. The caller is known here, so a bad proof is written down."""
@@ -218,35 +225,92 @@ class Exchange:
 
     # -- attest, decide, record, mint --------------------------------------------------------------------------------
 
-    async def request(self, caller: Caller, asked: Asked, now: datetime, correlation_id: str) -> Issued:
+    async def request(
+        self, caller: Caller, asked: Asked, now: datetime, correlation_id: str, *, request_id: str = ""
+    ) -> Issued:
         """One action token. Raises: BrokerError; then nothing was minted, and the refusal is in the ledger."""
         action = None
         try:
             action = asked()
+            require_request_id(request_id)
+            presented = Presented(request_id=request_id)
             async with InTime() as bound:
-                grant = await self.decide(caller.identity, action, now)
+                try:
+                    grant = await self.decide(caller.identity, action, now, presented)
+                except Refused as error:
+                    raise await self.unless_approved(caller, action, error, presented, now, correlation_id) from error
                 bound.reason = Reason.LEDGER_UNAVAILABLE
-                return await self._issue(caller, grant, now, correlation_id)
+                return await self.issue(caller, grant, now, correlation_id, presented=presented)
         except BrokerError as error:
             self.refused(caller.identity, action, error, now, correlation_id, "request")
             raise
 
-    async def decide(self, identity: Identified, action: Action, now: datetime) -> Grant:
-        """Fresh facts, then policy. Raises: BrokerError."""
-        request = AttestationRequest(principal=str(identity.spiffe_id), process=identity.process, known=identity.known)
+    async def decide(
+        self, identity: Identified, action: Action, now: datetime, presented: Presented = NOTHING
+    ) -> Grant:
+        """Fresh facts, then policy. Raises: BrokerError; Refused(APPROVAL_REQUIRED) where only approvals lack."""
+        request = AttestationRequest(
+            principal=str(identity.principal),
+            process=identity.process,
+            known=identity.known,
+            parameters=action.parameters,
+            action_digest=action.digest,
+            request_id=presented.request_id,
+            evidence=presented.evidence,
+            credential=presented.credential,
+        )
         while True:
             policy = self.policies.current
             piece = policy.slice(action.name)
             if piece is None:
                 raise Refused(Reason.UNKNOWN_ACTION, f"no policy folder declares the action {action.name}")
             facts = await self.attestation.gather(piece, request, now)
-            if policy is self.policies.current:  # else it changed while we looked, and may want other facts
-                return decide(policy, identity.spiffe_id, action, facts, now, not_after=identity.expires_at)
+            if policy is not self.policies.current:  # it changed while we looked, and may want other facts
+                continue
+            try:
+                return decide(policy, identity.principal, action, facts, now, not_after=identity.expires_at)
+            except Refused as error:
+                if error.reason is Reason.DENIED and lacks_approval(policy, identity.principal, action, facts):
+                    raise Refused(Reason.APPROVAL_REQUIRED, error.detail) from error
+                raise
 
-    async def _issue(self, caller: Caller, grant: Grant, now: datetime, correlation_id: str) -> Issued:
+    async def unless_approved(
+        self, caller: Caller, action: Action, error: Refused, presented: Presented, now: datetime, correlation_id: str
+    ) -> Refused:
+        """What to raise for `error`: where approvals are lacking, the request is laid down for approvers first."""
+        if error.reason is not Reason.APPROVAL_REQUIRED or self.desk is None or not presented.request_id:
+            return error
+        return await self.desk.needed(caller.identity, action, presented.request_id, now, correlation_id)
+
+    async def issue(
+        self,
+        caller: Caller,
+        grant: Grant,
+        now: datetime,
+        correlation_id: str,
+        *,
+        presented: Presented = NOTHING,
+        kind: Kind = ACTION_TOKEN,
+        signing: SigningRequest | None = None,
+    ) -> Issued:
+        """Records the intent, mints, records the outcome. Raises: BrokerError; then nothing was minted."""
         key = self.keyring.current(now)
-        draft = mint.draft(grant, caller.confirmation, issuer=self.issuer, kid=key.kid, now=now)
-        intended = _intent(caller, grant, draft, self.ledger.epoch, now, correlation_id)
+        draft = mint.draft(grant, caller.confirmation, issuer=self.issuer, kid=key.kid, now=now, kind=kind)
+        intended = intent_of(
+            caller.identity,
+            grant,
+            now,
+            correlation_id,
+            jti=draft.claims.jti,
+            cnf=msgspec.to_builtins(draft.claims.cnf),
+            use=draft.claims.use,
+            expires_at=draft.claims.expires_at,
+            key_id=draft.kid,
+            credential=kind.credential,
+            epoch=self.ledger.epoch,
+            request_id=presented.request_id,
+            signing=signing,
+        )
         recording = self.ledger.record_intent(intended)
         try:
             intent = await asyncio.shield(recording)
@@ -282,7 +346,7 @@ class Exchange:
         stage: str,
     ) -> None:
         """Writes a known caller's refusal down; what a caller may cause in any number is counted instead."""
-        if error.reason in _PROTOCOL_STEPS or not self._is_written(str(identity.spiffe_id)):
+        if error.reason in _PROTOCOL_STEPS or not self._is_written(str(identity.principal)):
             self.ledger.count_refusal(error.reason)
             return
         self.ledger.append_later(
@@ -291,7 +355,7 @@ class Exchange:
                 correlation_id=correlation_id,
                 reason=error.reason,
                 detail=error.detail,
-                principal=str(identity.spiffe_id),
+                principal=str(identity.principal),
                 action="" if action is None else action.name,
                 resource="" if action is None else action.resource,
                 audience="" if action is None else action.audience,
@@ -310,27 +374,7 @@ class Exchange:
         return True
 
 
-def _intent(caller: Caller, grant: Grant, draft: mint.Draft, epoch: int, now: datetime, correlation_id: str) -> Intent:
-    """What the ledger says before the key is used: who, what, on which facts, under which policy."""
-    process, claims = caller.identity.process, draft.claims
-    return Intent(
-        at=now,
-        correlation_id=correlation_id,
-        jti=claims.jti,
-        principal=claims.sub,
-        action=msgspec.Raw(grant.action.canonical),
-        action_digest=claims.action_digest,
-        cnf=msgspec.to_builtins(claims.cnf),
-        use=claims.use,
-        expires_at=claims.expires_at,
-        epoch=epoch,
-        policies=grant.policies,
-        policy_revision=grant.policy_revision,
-        facts={name: f"sha256:{facts_digest(found).hex()}" for name, found in grant.facts.items()},
-        process=None
-        if process is None
-        else ProcessReference(**{name: getattr(process, name) for name in Process.__slots__}),
-        method=caller.identity.transport,
-        key_id=draft.kid,
-        authority_sha256=(caller.identity.authority_sha256 or b"").hex(),
-    )
+def require_request_id(request_id: str) -> None:
+    """Raises: Invalid unless it is empty or what a caller chose at random."""
+    if request_id:
+        check_random_id(request_id, "a request id")

@@ -9,9 +9,10 @@ from attestors.contract import AttestationRequest, FactKey, Facts
 from broker.action import Action, parse_parameters
 from broker.decision.explain import Explanation, explain
 from broker.errors import BrokerError, Invalid, Reason
-from broker.exchange import Asked, Caller, Exchange, InTime
+from broker.exchange import Asked, Caller, Exchange
 from broker.identity.peer import look
-from broker.identity.spiffe_id import SpiffeId
+from broker.identity.person import Principal, parse_principal
+from broker.in_time import InTime
 from broker.ledger.records import Operated
 
 OPERATE: Final = "broker.operate"
@@ -60,7 +61,7 @@ class Operators:
         """What would be decided, and which condition failed. Nothing is minted. Raises: BrokerError."""
         await self.authorise(caller, "explain", now, correlation_id)
         try:
-            principal, action = SpiffeId.parse(question.principal), question.asked()
+            principal, action = parse_principal(question.principal), question.asked()
             async with InTime():
                 facts = await self._look(principal, action, question.pid, now) if question.pid else {}
             assumed = _assumed(question.facts, now)
@@ -69,13 +70,19 @@ class Operators:
             self._exchange.refused(caller.identity, None, error, now, correlation_id, "explain")
             raise
 
-    async def _look(self, principal: SpiffeId, action: Action, pid: int, now: datetime) -> Mapping[str, Facts]:
+    async def _look(self, principal: Principal, action: Action, pid: int, now: datetime) -> Mapping[str, Facts]:
         piece = self._exchange.policies.current.slice(action.name)
         if piece is None:
             return {}
         process = look(pid)
         known = {"spire": await self._exchange.entitlements(process, now)}
-        request = AttestationRequest(principal=str(principal), process=process, known=known)
+        request = AttestationRequest(
+            principal=str(principal),
+            process=process,
+            known=known,
+            parameters=action.parameters,
+            action_digest=action.digest,
+        )
         return await self._exchange.attestation.gather(piece, request, now)
 
 

@@ -5,20 +5,23 @@ SPIRE's word on it, every attestor that the policy names. Only a token's own aud
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 from datetime import datetime
 
 from attestors.contract import JsonValue, Process
-from broker.action import Action
+from broker.action import Action, check_random_id
 from broker.credentials import action_token
 from broker.credentials.action_token import VerifiedClaims
+from broker.decision.decide import Grant
 from broker.errors import BrokerError, Invalid, Reason, Refused
-from broker.exchange import Asked, Caller, Exchange, InTime
+from broker.exchange import Asked, Caller, Exchange, Presented
 from broker.identity import identify
 from broker.identity.identify import Identified
 from broker.identity.peer import look
 from broker.identity.spiffe_id import SpiffeId
+from broker.in_time import InTime
+from broker.intents import used_approvals
+from broker.ledger.approvals import Counted
 from broker.ledger.operations import CredentialRow
 
 
@@ -26,13 +29,8 @@ def _strings(value: JsonValue) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-# A caller's own random value: long enough not to meet another's by chance, short enough to keep.
-_IDEMPOTENCY_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
-
-
 def _require_redeemable(claims: VerifiedClaims, idempotency_id: str) -> None:
-    if not _IDEMPOTENCY_ID.fullmatch(idempotency_id):
-        raise Invalid("an idempotency id is 16 to 64 random characters of A-Z a-z 0-9 - _")
+    check_random_id(idempotency_id, "an idempotency id")
     if claims.use != "single":
         raise Invalid(f"only a single-use token is redeemed, and this one's use is {claims.use}")
 
@@ -40,6 +38,11 @@ def _require_redeemable(claims: VerifiedClaims, idempotency_id: str) -> None:
 def _require_unused(row: CredentialRow) -> None:
     if row.redeemed_at is not None:
         raise Refused(Reason.ALREADY_USED, "the token was redeemed")
+
+
+def _counted(grant: Grant, row: CredentialRow, now: datetime) -> Counted | None:
+    digest, approvers = used_approvals(grant, row.intent.request_id)
+    return Counted(digest=digest, approvers=approvers, credential=row.jti, at=now.timestamp()) if digest else None
 
 
 class Recheck:
@@ -75,17 +78,20 @@ class Recheck:
             async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
                 claims, row = await self._own_token(asker, token, action, now)
                 _require_redeemable(claims, idempotency_id)
+                counted = None
                 if row.redeemed_at is None:  # else a lost answer or a second use: the ledger knows which
                     bound.reason = Reason.ATTESTATION_UNAVAILABLE
-                    await self._decide_again(claims, row, action, now)
+                    grant = await self._decide_again(claims, row, action, now)
+                    counted = _counted(grant, row, now)
                     bound.reason = Reason.LEDGER_UNAVAILABLE
                 redeemed = await self._exchange.ledger.redeem(
                     claims.jti,
                     idempotency_id,
-                    str(asker.spiffe_id),
+                    str(asker.principal),
                     hashlib.sha256(token.encode()).digest(),
                     now=now,
                     correlation_id=correlation_id,
+                    counted=counted,
                 )
         except BrokerError as error:
             self._exchange.refused(asker, action, error, now, correlation_id, "redeem")
@@ -98,7 +104,7 @@ class Recheck:
         """A token of ours, presented by its own audience, for exactly this action, and known to the ledger."""
         exchange = self._exchange
         claims = action_token.verify(token, issuer=exchange.issuer, key_for=exchange.keyring.public, now=now)
-        if str(asker.spiffe_id) not in self._audiences.get(claims.aud, frozenset((claims.aud,))):
+        if str(asker.principal) not in self._audiences.get(claims.aud, frozenset((claims.aud,))):
             raise Refused(Reason.WRONG_AUDIENCE, "only a token's own audience may ask about it")
         if claims.action_digest != action.digest.hex():
             raise Refused(Reason.OUT_OF_SCOPE, "the token is for another action")
@@ -107,8 +113,8 @@ class Recheck:
             raise Refused(Reason.REVOKED, "the ledger does not know the token in this epoch")
         return claims, row
 
-    async def _decide_again(self, claims: VerifiedClaims, row: CredentialRow, action: Action, now: datetime) -> None:
-        """The same decision on fresh facts. Its grant is dropped: nothing is minted from it."""
+    async def _decide_again(self, claims: VerifiedClaims, row: CredentialRow, action: Action, now: datetime) -> Grant:
+        """The same decision on fresh facts; the approvals that the token used up count for it. Nothing is minted."""
         principal = SpiffeId.parse(claims.sub)
         trust = self._exchange.trust(now)
         trust.bundle_for(principal.trust_domain)  # federation may have been withdrawn since
@@ -116,14 +122,15 @@ class Recheck:
             # An SVID is not shown again: who vouched for it must still be believed, as for a new one.
             identify.require_authority(bytes.fromhex(row.intent.authority_sha256), principal, trust)
         identity = await self._identify_again(principal, row, min(claims.expires_at, row.expires_at), now)
-        await self._exchange.decide(identity, action, now)
+        presented = Presented(request_id=row.intent.request_id, credential=claims.jti)
+        return await self._exchange.decide(identity, action, now, presented)
 
     async def _identify_again(
         self, principal: SpiffeId, row: CredentialRow, expires_at: datetime, now: datetime
     ) -> Identified:
         """The caller as it is now; where it was no process of ours, its SVID's end bounds the token's already."""
         if row.intent.process is None:
-            return Identified(spiffe_id=principal, transport=row.intent.method, expires_at=expires_at)
+            return Identified(principal=principal, transport=row.intent.method, expires_at=expires_at)
         process = Process(**{name: getattr(row.intent.process, name) for name in Process.__slots__})
         if look(process.pid) != process:
             raise Refused(Reason.NOT_ATTESTED, "the process that got the token exited or was replaced")
@@ -131,7 +138,7 @@ class Recheck:
         if look(process.pid) != process or str(principal) not in _strings(facts.values["ids"]):
             raise Refused(Reason.NOT_ATTESTED, "SPIRE no longer gives the process this identity")
         return Identified(
-            spiffe_id=principal,
+            principal=principal,
             transport=row.intent.method,
             expires_at=expires_at,
             process=process,

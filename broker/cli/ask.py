@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from rich.markup import escape
 
-from broker.action import Action, parse_parameters
+from broker.action import Action, check_random_id, parse_parameters
 from broker.cli.output import REFUSED, USAGE, Output, pass_output
 from broker.client import ActionToken, Client, Explanation
 from broker.errors import BrokerError, Invalid
@@ -29,11 +30,13 @@ class Reach:
     broker_id: str | None
     workload_api: str
     spiffe_id: str | None
+    server_uids: tuple[int, ...] = ()
 
     def client(self) -> AbstractAsyncContextManager[Client]:
         """Raises: click.UsageError when the options do not fit."""
         if self.address is None:
-            return Client.unix(self.socket, issuer=self.issuer, spiffe_id=self.spiffe_id)
+            uids = self.server_uids or None
+            return Client.unix(self.socket, issuer=self.issuer, spiffe_id=self.spiffe_id, server_uids=uids)
         if self.broker_id is None:
             raise click.UsageError("--address needs --broker-id: the SPIFFE ID that the broker must have")
         return Client.mtls(self.address, broker_id=self.broker_id, workload_api=self.workload_api)
@@ -48,6 +51,12 @@ def reach_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--issuer", envvar="ACTION_BROKER_ISSUER", help="The broker's issuer, https://…"),
             click.option("--socket", envvar="ACTION_BROKER_UNIX__SOCKET", help="The broker's Unix socket."),
+            click.option(
+                "--server-uid",
+                type=click.IntRange(0),
+                multiple=True,
+                help="With the socket: a user that the broker may run as; default: root, or ours.",
+            ),
             click.option("--address", help="HOST:PORT for mutual TLS instead of the socket."),
             click.option("--broker-id", help="With --address: the broker's SPIFFE ID."),
             click.option("--workload-api", envvar="SPIFFE_ENDPOINT_SOCKET", help="With --address: our SPIRE agent."),
@@ -65,13 +74,14 @@ def reach_from(output: Output, options: dict[str, Any]) -> Reach:
     file, issuer, address = options.pop("config_file"), options.pop("issuer"), options.pop("address")
     socket, workload_api = options.pop("socket"), options.pop("workload_api")
     missing = [name for name, value in (("--issuer", issuer), ("--socket", socket)) if value is None]
-    if missing and address is None:
+    if file is not None or (missing and address is None):
         from broker.cli import config as configuration  # noqa: PLC0415 - takes as long as all else; seldom needed
 
         try:
             found = configuration.load(file)
         except configuration.ConfigError as error:
-            output.fail(f"without {' and '.join(missing)} the configuration is needed, and it has {error}", USAGE)
+            without = f"without {' and '.join(missing)} " if missing else ""
+            output.fail(f"{without}the configuration is needed, and it has {error}", USAGE)
         issuer = issuer or found.issuer
         socket = socket or str(found.unix.socket or "")
         workload_api = workload_api or found.spire.workload_api
@@ -82,10 +92,13 @@ def reach_from(output: Output, options: dict[str, Any]) -> Reach:
         broker_id=options.pop("broker_id"),
         workload_api=workload_api or "unix:///run/spire/agent/public/api.sock",
         spiffe_id=options.pop("spiffe_id"),
+        server_uids=options.pop("server_uid"),
     )
 
 
-def _ask(output: Output, reach: Reach, question: Callable[[Client], Awaitable[_T]]) -> _T:
+def ask(output: Output, reach: Reach, question: Callable[[Client], Awaitable[_T]], **fields: Any) -> _T:
+    """The answer to one question; a refusal ends the command with it. fields: what a script is then told beside it."""
+
     async def run() -> _T:
         async with client as broker:
             return await question(broker)
@@ -97,7 +110,19 @@ def _ask(output: Output, reach: Reach, question: Callable[[Client], Awaitable[_T
     try:
         return asyncio.run(run())
     except BrokerError as error:
-        output.refuse(error)
+        output.refuse(error, **fields)
+
+
+def _request_id(_: click.Context, __: click.Parameter, value: str | None) -> str:
+    try:
+        return secrets.token_urlsafe(24) if value is None else check_random_id(value, "it")
+    except Invalid as error:
+        raise click.BadParameter(error.detail) from error
+
+
+request_id_option = click.option(
+    "--request-id", callback=_request_id, help="To go on with a request that waited for approval; else a new one."
+)
 
 
 def _action(output: Output, name: str, resource: str, audience: str, parameters: str) -> Action:
@@ -119,6 +144,7 @@ def action_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @action_arguments
 @click.option("--http", nargs=2, metavar="METHOD URL", help="Print the two headers for this one HTTP request.")
 @click.option("--grpc", nargs=2, metavar="/PKG.SVC/METHOD AUTHORITY", help="Print the metadata for this one gRPC call.")
+@request_id_option
 @reach_options
 @pass_output
 def request(
@@ -130,6 +156,7 @@ def request(
     parameters: str,
     http: tuple[str, str] | None,
     grpc: tuple[str, str] | None,
+    request_id: str,
     **options: Any,
 ) -> None:
     """Ask for one action token, and show it or use it for one request.
@@ -138,7 +165,9 @@ def request(
     is printed beside it; without them the token is shown as what it is, and cannot be used.
     """
     asked, reach = _action(output, action, resource, audience, parameters), reach_from(output, options)
-    token = _ask(output, reach, lambda broker: broker.request_action(asked))
+    token = ask(
+        output, reach, lambda broker: broker.request_action(asked, request_id=request_id), request_id=request_id
+    )
     headers = _headers(output, token, http, grpc)
     output.value({**_shown(token), "headers": headers})
     if output.as_json:
@@ -189,7 +218,7 @@ def check(output: Output, /, action: str, resource: str, audience: str, paramete
     """
     token = options.pop("token_file").read().strip()
     asked, reach = _action(output, action, resource, audience, parameters), reach_from(output, options)
-    _ask(output, reach, lambda broker: broker.check(token, asked))
+    ask(output, reach, lambda broker: broker.check(token, asked))
     output.value({"allowed": True})
     output.say("[green]allowed[/]: it would be minted again now")
 
@@ -219,7 +248,7 @@ def explain(
         assumed = parse_parameters(facts)
     except BrokerError as error:
         output.fail(f"--facts: {error.detail}", USAGE)
-    found = _ask(output, reach, lambda broker: broker.explain(principal, asked, facts=assumed, pid=pid))
+    found = ask(output, reach, lambda broker: broker.explain(principal, asked, facts=assumed, pid=pid))
     output.value(json.loads(json.dumps(dataclasses.asdict(found))))
     _say_explanation(output, found)
     if not found.allowed:

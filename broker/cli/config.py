@@ -5,18 +5,18 @@ that switches a check off.
 """
 
 import os
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from broker.action import check_uri
+from broker.cli.config_signing import Approval, Provenance, Signing
+from broker.cli.config_types import Id, Issuer, Listen, OrNone, Socket, Table, Target, TrustDomainName
 from broker.errors import Invalid
-from broker.identity.spiffe_id import SpiffeId, TrustDomain
 
 _PREFIX = "ACTION_BROKER_"
 DEFAULT_FILE = Path("/etc/action-broker/broker.toml")
@@ -26,70 +26,7 @@ class ConfigError(Exception):
     """The configuration does not hold; the text lists every mistake with its key."""
 
 
-def _issuer(text: str) -> str:
-    try:
-        check_uri(text, "issuer")
-    except Invalid as error:
-        raise ValueError(error.detail) from error
-    parts = urlsplit(text)
-    if parts.scheme != "https" or parts.path or parts.query:
-        raise ValueError("the issuer is https://HOST or https://HOST:PORT, without a path (RFC 8414 section 2)")
-    return text
-
-
-def _trust_domain(text: str) -> str:
-    try:
-        return TrustDomain.parse(text).name
-    except Invalid as error:
-        raise ValueError(error.detail) from error
-
-
-def _spiffe_id(text: str) -> str:
-    try:
-        return str(SpiffeId.parse(text))
-    except Invalid as error:
-        raise ValueError(error.detail) from error
-
-
-def _listen(text: str) -> str:
-    if (
-        not re.fullmatch(r"(?:[0-9.]+|\[[0-9a-fA-F:]+\]|[a-z0-9.-]+):[0-9]{1,5}", text)
-        or int(text.rpartition(":")[2]) > 65535
-    ):
-        raise ValueError("an address to listen on is HOST:PORT, for example 0.0.0.0:8443")
-    return text
-
-
-def _socket(text: str) -> str:
-    if not re.fullmatch(r"unix:(//)?/[^\0]+", text):
-        raise ValueError("a socket is unix:///path/to/socket")
-    return text
-
-
-def _target(text: str) -> str:
-    if not re.fullmatch(r"unix:(//)?/[^\0]+|tcp://[^/\0]+:[0-9]{1,5}", text):
-        raise ValueError("a Broker API socket is unix:///path or tcp://host:port")
-    return text
-
-
-def _none_where_empty(value: Any) -> Any:
-    """TOML and environments have no null, and these keys have defaults."""
-    return None if value == "" else value
-
-
-OrNone = BeforeValidator(_none_where_empty)
-Issuer = Annotated[str, AfterValidator(_issuer)]
-Listen = Annotated[str, AfterValidator(_listen)]
-Socket = Annotated[str, AfterValidator(_socket)]
-Target = Annotated[str, AfterValidator(_target)]
-Id = Annotated[str, AfterValidator(_spiffe_id)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Spire(_Table):
+class Spire(Table):
     """Where the SPIRE agent is. agent_path: the path prefix of the agent's own SPIFFE ID."""
 
     workload_api: Socket = "unix:///run/spire/agent/public/api.sock"
@@ -97,7 +34,7 @@ class Spire(_Table):
     agent_path: str = Field(default="/spire/agent/", pattern=r"^/[A-Za-z0-9._/-]+/$")
 
 
-class Unix(_Table):
+class Unix(Table):
     """The socket for processes on this node; socket = "" for none. mode: octal digits."""
 
     socket: Annotated[Path | None, OrNone] = Path("/run/action-broker/broker.sock")
@@ -106,7 +43,7 @@ class Unix(_Table):
     max_connections_per_uid: int = Field(default=128, ge=1, le=65536)
 
 
-class Grpc(_Table):
+class Grpc(Table):
     """gRPC over mutual TLS; listen = "" for none."""
 
     listen: Annotated[Listen | None, OrNone] = "0.0.0.0:8443"
@@ -114,7 +51,7 @@ class Grpc(_Table):
     max_connection_age_s: int = Field(default=600, ge=10, le=86400)
 
 
-class Http(_Table):
+class Http(Table):
     """HTTPS (token endpoint, metadata, key set) and, apart from it, plain HTTP for probes and Prometheus.
 
     listen = "" for none; operations_listen = "" to have probes over HTTPS, too, and metrics there
@@ -125,7 +62,7 @@ class Http(_Table):
     operations_listen: Annotated[Listen | None, OrNone] = "127.0.0.1:9464"
 
 
-class LedgerTable(_Table):
+class LedgerTable(Table):
     """checkpoint_file belongs on another disk or host: it is what proves that nothing was cut off the ledger."""
 
     file: Path | None = None
@@ -133,7 +70,7 @@ class LedgerTable(_Table):
     checkpoint_key_file: Path | None = None
 
 
-class Limits(_Table):
+class Limits(Table):
     """What one caller, and one request, may use."""
 
     requests_per_second: float = Field(default=100, gt=0, le=100_000)
@@ -161,7 +98,7 @@ class Config(BaseSettings):
     )
 
     issuer: Issuer
-    trust_domain: Annotated[str, AfterValidator(_trust_domain)]
+    trust_domain: TrustDomainName
     state_folder: Path = Path("/var/lib/action-broker")
     policy_folder: Path = Path("/etc/action-broker/policy")
     spire: Spire = Spire()
@@ -170,6 +107,9 @@ class Config(BaseSettings):
     http: Http = Http()
     ledger: LedgerTable = LedgerTable()
     limits: Limits = Limits()
+    signing: Signing = Signing()
+    provenance: Provenance = Provenance()
+    approval: Approval = Approval()
     audiences: dict[str, tuple[Id, ...]] = {}
 
     @classmethod

@@ -15,8 +15,16 @@ _COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "request": ("broker.cli.ask:request", "Ask for one action token, and show it or use it for one request."),
     "check": ("broker.cli.ask:check", "Ask whether a token would be minted again now."),
     "explain": ("broker.cli.ask:explain", "For operators: how would the broker decide, and which condition fails?"),
+    "sign": ("broker.cli.sign_command:sign", "Sign files: provenance, approvals and this process are looked at."),
+    "grant": ("broker.cli.grant_commands:grant", "The steps of signing one by one."),
+    "verify": ("broker.cli.verify_command:verify", "Verify a signature: who, from which source, under which decision."),
+    "pending": ("broker.cli.approval_commands:pending", "The requests that wait and that you may approve."),
+    "show": ("broker.cli.approval_commands:show", "Look at one request that waits for approval."),
+    "approve": ("broker.cli.approval_commands:approve", "Look at a request, and say yes to it."),
+    "withdraw": ("broker.cli.approval_commands:withdraw", "Take your yes back: what hangs on it ends."),
     "policy": ("broker.cli.policy_commands:policy", "Write, check and look at a policy folder (Cedar)."),
     "ledger": ("broker.cli.ledger_commands:ledger", "Verify and read what happened."),
+    "ca": ("broker.cli.ca_commands:ca", "Make and look after the CA of signing certificates."),
     "doctor": ("broker.cli.doctor:doctor", "Look at each thing that is easily got wrong, and say how to mend it."),
     "dev": ("broker.cli.dev:dev", "For development: an embedded trust domain and a broker, in one process."),
     "demo": ("broker.cli.demo:demo", "The main job step by step, with real processes, in seconds."),
@@ -75,7 +83,7 @@ def _set_json(context: click.Context, _: click.Parameter, value: Any) -> None:
 def main(context: click.Context, *, as_json: bool, log_level: str | None) -> None:
     """One short-lived credential for every act, refused the moment its reasons end.
 
-    Exit codes: 0 allowed or done, 2 usage or configuration, 3 refused, 4 unavailable.
+    Exit codes: 0 allowed or done, 2 usage or configuration, 3 refused, 4 unavailable, 130 interrupted.
     """
     from broker.cli.log import configure_log  # noqa: PLC0415 - `--help` needs no log
 
@@ -87,7 +95,7 @@ def main(context: click.Context, *, as_json: bool, log_level: str | None) -> Non
 @click.option("--config", "file", type=click.Path(path_type=Path), help="TOML; default /etc/action-broker/broker.toml.")
 @pass_output
 def serve(output: Output, file: Path | None) -> None:
-    """Run the broker until it is told to stop. SIGHUP reloads the policy folder."""
+    """Run the broker until it is told to stop. SIGHUP reloads policies, trusted builders and the signing CA."""
     from broker.cli import config as configuration  # noqa: PLC0415 - `--help` need not load gRPC
     from broker.cli.run import run_service  # noqa: PLC0415
     from broker.cli.serve import serve as serving  # noqa: PLC0415

@@ -104,10 +104,17 @@ def show(output: Output, folder: Path, only: str | None) -> None:
         needs = ", ".join(name if name in one.required else f"{name}?" for name in one.attestors) or "nothing"
         output.say(f"[bold]{escape(one.action)}[/]  needs {needs}; parameters {one.parameters}")
         rows = [
-            (f"  {rule.effect}", rule.id, f"≤ {rule.max_ttl_s} s" if rule.max_ttl_s else "", rule.use or "")
+            (
+                f"  {rule.effect}",
+                rule.id,
+                f"≤ {rule.max_ttl_s} s" if rule.max_ttl_s else "",
+                rule.use or "",
+                " ".join(rule.signers),
+            )
             for rule in one.policies
         ]
         if rows:
-            output.table(("  effect", "policy", "lives", "use"), [tuple(map(escape, row)) for row in rows])
+            columns = ("  effect", "policy", "lives", "use", "signs by" if any(row[-1] for row in rows) else "")
+            output.table(columns, [tuple(map(escape, row)) for row in rows])
         else:
             output.say("  no policy: always refused")

@@ -11,6 +11,7 @@ import uvloop
 from broker.cli.log import configure_log
 from broker.cli.output import UNAVAILABLE, USAGE, Output
 from broker.cli.serve import BrokerIdentityError
+from broker.cli.serve_signing import SetupError
 from broker.decision.findings import PolicyError
 from broker.errors import BrokerError, Unavailable
 
@@ -24,6 +25,8 @@ def run_service(output: Output, service: Coroutine[Any, Any, None]) -> None:
             runner.run(service)
     except PolicyError as error:
         output.fail(f"the policy folder is not taken:\n{error}", USAGE)
+    except SetupError as error:
+        output.fail(f"the configuration is not taken:\n{error}", USAGE)
     except BrokerIdentityError as error:
         output.fail(str(error), USAGE)
     except BrokerError as error:

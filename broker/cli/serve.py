@@ -17,15 +17,19 @@ from aiohttp import web
 
 from attestors.process import ProcessAttestor
 from attestors.spire import SpireAttestor
+from broker.approvals import Approvals
 from broker.cli.config import Config
+from broker.cli.serve_signing import Watches, open_approvals, open_means, signing_attestors
 from broker.credentials.keyring import KeyRing
 from broker.decision.attest import Attestation
 from broker.decision.policy import Policy
 from broker.decision.quota import Quota
 from broker.decision.store import PolicyStore
+from broker.edges.grpc_approvals import ApprovalsService
 from broker.edges.grpc_peer import Identifier
 from broker.edges.grpc_server import MAX_CONNECTIONS, ActionBrokerService, GrpcServer
 from broker.edges.http_app import build_app, build_operations_app
+from broker.edges.http_approvals import ApprovalEndpoints
 from broker.edges.http_server import HttpServer
 from broker.edges.metrics import Metrics
 from broker.edges.readiness import Readiness
@@ -44,6 +48,7 @@ from broker.ledger.records import PolicyChanged
 from broker.ledger.store import Ledger
 from broker.operate import Operators
 from broker.recheck import Recheck
+from broker.sign import Signing
 
 MAINTAIN_S: Final = 5.0  # how often keys are looked after; far below the time that a new key is published ahead
 READY_S: Final = 0.5  # how often health and gauges are brought up to date
@@ -60,8 +65,18 @@ def utc_now() -> datetime:
 class Broker:
     """A running broker. `grpc_port` and `http_port` are the ports that were got, also where 0 was asked for."""
 
-    def __init__(self, config: Config, exchange: Exchange, metrics: Metrics, readiness: Readiness) -> None:
+    def __init__(
+        self,
+        config: Config,
+        exchange: Exchange,
+        metrics: Metrics,
+        readiness: Readiness,
+        signing: Signing,
+        approvals: Approvals,
+    ) -> None:
         self.config, self.exchange, self.metrics, self.readiness = config, exchange, metrics, readiness
+        self.signing, self.approvals = signing, approvals
+        self.watches = Watches()
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self.operations_port: int | None = None
@@ -97,9 +112,11 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
         )
         await stack.enter_async_context(api)
         same_pids = SamePids(AttestorEntitlements(api), workload_api.snapshot)
-        spire = SpireAttestor(same_pids)
+        spire, process, watches = SpireAttestor(same_pids), ProcessAttestor(read_process), Watches()
+        stack.push_async_callback(process.close)
+        signing_facts = signing_attestors(config, ledger, policies, workload_api, watches)
         attestation = Attestation(
-            {"spire": spire, "process": ProcessAttestor(read_process)}, config.limits.attest_timeout.total_seconds()
+            {"spire": spire, "process": process, **signing_facts}, config.limits.attest_timeout.total_seconds()
         )
         exchange = Exchange(
             issuer=config.issuer,
@@ -114,9 +131,13 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
                 config.limits.attestations_per_second_per_uid, config.limits.attestation_burst_per_uid, MAX_CALLERS
             ),
         )
+        approvals = open_approvals(config, exchange)
+        signing = Signing(exchange, await open_means(stack, config, clock, watches))
+        stack.push_async_callback(signing.close)
         metrics = Metrics()
         readiness = Readiness(exchange=exchange, trust_domain=config.trust_domain)
-        broker = Broker(config, exchange, metrics, readiness)
+        broker = Broker(config, exchange, metrics, readiness, signing, approvals)
+        broker.watches = watches
         tls = ServerTls(workload_api.snapshot())
         workload_api.subscribe(tls.offer)
         grpc_server = await _start_grpc(stack, broker, tls, clock)
@@ -124,6 +145,7 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
         async with asyncio.TaskGroup() as tasks:
             owned = [
                 tasks.create_task(policies.watch()),
+                tasks.create_task(watches.watch()),
                 tasks.create_task(_maintain(keyring, clock)),
                 tasks.create_task(_tell(broker, grpc_server, clock)),
             ]
@@ -184,16 +206,20 @@ async def _start_grpc(
             on_refused=lambda error: exchange.ledger.count_refusal(error.reason),
         )
         broker.metrics.unix_connections.set_function(lambda: len(front))
+    identifier = Identifier(exchange, front.peer if front is not None else lambda _: None)
     service = ActionBrokerService(
         exchange,
         Recheck(exchange, audiences),
         Operators(exchange),
-        identifier=Identifier(exchange, front.peer if front is not None else lambda _: None),
+        broker.signing,
+        identifier=identifier,
         metrics=broker.metrics,
         clock=clock,
     )
+    approvals = ApprovalsService(broker.approvals, exchange, identifier=identifier, metrics=broker.metrics, clock=clock)
     server = GrpcServer(
         service,
+        approvals,
         max_concurrent=config.grpc.max_concurrent_requests,
         max_connection_age_s=config.grpc.max_connection_age_s,
         max_connections=max(MAX_CONNECTIONS, config.unix.max_connections),
@@ -220,6 +246,8 @@ async def _start_http(
     apart = table.operations_listen is not None
     if table.listen is not None:
         app = build_app(broker.exchange, broker.metrics, broker.readiness, clock, operations=not apart)
+        if broker.config.approval.issuers:
+            ApprovalEndpoints(broker.approvals, broker.exchange, broker.metrics, clock).add_to(app)
         broker.http_port = await _listen(stack, app, table.listen, tls.http_context())
     if table.operations_listen is not None:
         app = build_operations_app(broker.metrics, broker.readiness, clock)
@@ -273,9 +301,10 @@ async def serve(config: Config, told: Callable[[Broker], None] = lambda _: None)
         reloads: set[asyncio.Task[object]] = set()
 
         def reload() -> None:
-            task = asyncio.ensure_future(broker.exchange.policies.reload())
-            reloads.add(task)
-            task.add_done_callback(_told_reload(reloads))
+            for work in (broker.exchange.policies.reload(), asyncio.to_thread(broker.watches.reload)):
+                task: asyncio.Task[object] = asyncio.ensure_future(work)
+                reloads.add(task)
+                task.add_done_callback(_told_reload(reloads))
 
         loop.add_signal_handler(signal.SIGHUP, reload)
         _log.info(
@@ -303,6 +332,6 @@ def _told_reload(reloads: set[asyncio.Task[object]]) -> Callable[[asyncio.Task[o
     def done(task: asyncio.Task[object]) -> None:
         reloads.discard(task)
         error = None if task.cancelled() else task.exception()
-        _log.info("policy_reload_asked", error=str(error) if error else None)
+        _log.info("reload_asked", error=str(error) if error else None)
 
     return done

@@ -1,6 +1,5 @@
 """The client: typed calls to the broker, each bounded in time, each answer a value or an exception."""
 
-import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -10,11 +9,13 @@ from typing import Any, Final, Self
 import grpc
 
 from broker._proto.actionbroker.v1 import broker_pb2
-from broker.action import Action, canonical_json
+from broker.action import Action, canonical_json, check_random_id
 from broker.client import routes
+from broker.client.approvals import ApprovalCalls
 from broker.client.faults import refusal, unintelligible
 from broker.client.link import Method, authority_of
 from broker.client.routes import Route
+from broker.client.signing import SigningCalls
 from broker.client.stream import TokenStream
 from broker.client.token import ActionToken
 from broker.client.wire import Explanation, Redeemed, redeemed, to_wire
@@ -25,13 +26,12 @@ from broker.identity.workload_api import WorkloadApi
 SOCKET: Final = "/run/action-broker/broker.sock"
 DEADLINE_S: Final = 5.0
 MAX_BATCH: Final = 256
-_IDEMPOTENCY_ID: Final = re.compile(r"[A-Za-z0-9_-]{16,64}")
 
-_REQUEST: Final = Method(name="RequestActionToken", of=lambda stub: stub.RequestActionToken)
-_REQUEST_MANY: Final = Method(name="RequestActionTokens", of=lambda stub: stub.RequestActionTokens)
-_CHECK: Final = Method(name="Check", of=lambda stub: stub.Check)
-_REDEEM: Final = Method(name="Redeem", of=lambda stub: stub.Redeem)
-_EXPLAIN: Final = Method(name="Explain", of=lambda stub: stub.Explain)
+_REQUEST: Final = Method(name="RequestActionToken", of=lambda stubs: stubs.broker.RequestActionToken)
+_REQUEST_MANY: Final = Method(name="RequestActionTokens", of=lambda stubs: stubs.broker.RequestActionTokens)
+_CHECK: Final = Method(name="Check", of=lambda stubs: stubs.broker.Check)
+_REDEEM: Final = Method(name="Redeem", of=lambda stubs: stubs.broker.Redeem)
+_EXPLAIN: Final = Method(name="Explain", of=lambda stubs: stubs.broker.Explain)
 
 
 class Client:
@@ -127,18 +127,25 @@ class Client:
         audience: str,
         parameters: Mapping[str, Any] | None = None,
         *,
+        request_id: str = "",
         deadline_s: float | None = None,
     ) -> ActionToken:
         """A token for one act: `name` done on `resource` at `audience` with exactly these `parameters`.
 
-        Raises: Refused, Invalid, Unavailable.
+        request_id: 16 to 64 of A-Z a-z 0-9 - _, random, where policy wants approvals: they are given to it, and asking
+        with the same one again uses them. Raises: Refused (ApprovalRequired), Invalid, Unavailable.
         """
-        return await self.request_action(Action(name, resource, audience, parameters or {}), deadline_s=deadline_s)
+        action = Action(name, resource, audience, parameters or {})
+        return await self.request_action(action, request_id=request_id, deadline_s=deadline_s)
 
-    async def request_action(self, action: Action, *, deadline_s: float | None = None) -> ActionToken:
+    async def request_action(
+        self, action: Action, *, request_id: str = "", deadline_s: float | None = None
+    ) -> ActionToken:
         """The same for an Action."""
         route = self._route
-        message = broker_pb2.RequestActionTokenRequest(action=to_wire(action), spiffe_id=self._spiffe_id)
+        message = broker_pb2.RequestActionTokenRequest(
+            action=to_wire(action), spiffe_id=self._spiffe_id, request_id=request_id
+        )
         answer = await route.link.call(_REQUEST, message, self._seconds(deadline_s))
         return route.holder.take(answer.token, action, answer.correlation_id)
 
@@ -185,6 +192,16 @@ class Client:
         service_id = SpiffeId.parse(token.action.audience)
         return routes.service(target, service_id=service_id, svid=token.svid, workload_api=route.workload_api)
 
+    @property
+    def signing(self) -> SigningCalls:
+        """Grants, signatures and signing certificates."""
+        return SigningCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
+
+    @property
+    def approvals(self) -> ApprovalCalls:
+        """What waits for approval: to look at, to approve, to withdraw, to wait for."""
+        return ApprovalCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
+
     async def check(self, token: str, action: Action, *, deadline_s: float | None = None) -> None:
         """Returns when the broker would mint `token` for `action` again now. For the token's own audience.
 
@@ -204,8 +221,7 @@ class Client:
         is made, and the answer has it. Raises: Refused(ALREADY_USED) to everyone but the first; Refused, Unavailable.
         """
         idempotency_id = secrets.token_urlsafe(24) if idempotency_id is None else idempotency_id
-        if not _IDEMPOTENCY_ID.fullmatch(idempotency_id):
-            raise Invalid("an idempotency id has 16 to 64 characters of A-Z a-z 0-9 - _")
+        check_random_id(idempotency_id, "an idempotency id")
         message = broker_pb2.RedeemRequest(
             token=token, action=to_wire(action), idempotency_id=idempotency_id, spiffe_id=self._spiffe_id
         )

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from broker.errors import BrokerError, Invalid, Reason, Refused, Unavailable
+from broker.errors import ApprovalRequired, BrokerError, Invalid, Reason, Refused, Unavailable
 from broker.status import CORRELATION_ID, DETAILS, DOMAIN, STATUS
 
 UNREACHABLE: Final = Reason.BROKER_UNREACHABLE  # no broker whose identity could be established was reached
@@ -41,9 +41,14 @@ _ADVICE: Final[Mapping[Reason, str]] = {
     Reason.DENIED: "no policy allows it now: an operator can see which condition fails with `action-broker explain`",
     Reason.OUT_OF_SCOPE: "the token is for another action: request one for exactly this act",
     Reason.WRONG_AUDIENCE: "the token is for another audience: only its own may ask about it",
-    Reason.EXPIRED: "the token's time is over: request one right before the act",
-    Reason.ALREADY_USED: "the token was used before: request one for each act",
-    Reason.REVOKED: "the token no longer counts: request another",
+    Reason.EXPIRED: "its time is over: request another right before the act",
+    Reason.ALREADY_USED: "it was used before: request one for each act, with a request id of its own",
+    Reason.REVOKED: "it no longer counts: request another",
+    Reason.PROVENANCE_MISSING: "policy wants provenance of the artifact: send its envelope (--provenance)",
+    Reason.PROVENANCE_REJECTED: "the provenance is not about this artifact, too old, or not of a builder trusted here",
+    Reason.APPROVAL_REQUIRED: "policy wants approvals: ask with a request id, have it approved, ask with it again",
+    Reason.SIGNER_UNAVAILABLE: "the broker's signing key or CA is out of reach, nothing was signed: try again later",
+    Reason.TIMESTAMP_UNAVAILABLE: "no timestamp could be had, and no signature left the broker: ask for a new grant",
     Reason.UNKNOWN_ACTION: "no policy declares this action: compare its name with `action-broker policy show`",
     Reason.QUOTA: "too many requests of this caller: wait `retry_after_ms`",
     Reason.ATTESTATION_UNAVAILABLE: "the broker cannot look at the caller now: try again later",
@@ -72,6 +77,10 @@ class _Answered(BrokerError):
 
 class RefusedByBroker(_Answered, Refused):
     """The broker looked, and the answer is no."""
+
+
+class NeedsApproval(RefusedByBroker, ApprovalRequired):
+    """The broker looked, and only approvals are lacking: `request_digest` names what to approve, `text` tells it."""
 
 
 class InvalidForBroker(_Answered, Invalid):
@@ -123,6 +132,13 @@ def refusal(
     return error
 
 
+def _needs_approval(request_digest: str, text: str, correlation_id: str | None) -> NeedsApproval:
+    detail = f"it waits for approval: `action-broker approve {request_digest}` (correlation id {correlation_id})"
+    error = NeedsApproval(request_digest, text, detail)
+    error.code, error.correlation_id = Reason.APPROVAL_REQUIRED, correlation_id
+    return error
+
+
 def from_rpc(error: grpc.aio.AioRpcError, *, where: str, seconds: float, last_error: str | None) -> BrokerError:
     """The exception for a failed call.
 
@@ -133,7 +149,19 @@ def from_rpc(error: grpc.aio.AioRpcError, *, where: str, seconds: float, last_er
     details, correlation_id = _details(trailers.get(DETAILS)), _text(trailers.get(CORRELATION_ID))
     for info in _all(details, error_details_pb2.ErrorInfo):
         if info.domain == DOMAIN:
+            if info.reason == Reason.APPROVAL_REQUIRED and "request_digest" in info.metadata:
+                return _needs_approval(info.metadata["request_digest"], info.metadata["text"], correlation_id)
             return refusal(info.reason, correlation_id, retry_after_ms=_wait_ms(details, trailers), status=status)
+    failed = _by_status(error, where=where, seconds=seconds, last_error=last_error)
+    failed.correlation_id = correlation_id
+    return failed
+
+
+def _by_status(
+    error: grpc.aio.AioRpcError, *, where: str, seconds: float, last_error: str | None
+) -> InvalidForBroker | Unreachable:
+    """What a failed call means that no broker explained."""
+    status = error.code()
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return late(where, seconds, last_error)
     if status is grpc.StatusCode.UNAVAILABLE or error.details() == _FAILED_WRITE:
@@ -144,9 +172,7 @@ def from_rpc(error: grpc.aio.AioRpcError, *, where: str, seconds: float, last_er
         return InvalidForBroker(f"a message is too large: ask for less at once ({error.details()})")
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return Unreachable(f"what answers at {where} is no Action Broker, or an older one: it does not know this call")
-    failed = Unreachable(f"the broker at {where} failed: {status.name} {error.details()}; its log says why")
-    failed.correlation_id = correlation_id
-    return failed
+    return Unreachable(f"the broker at {where} failed: {status.name} {error.details()}; its log says why")
 
 
 def late(where: str, seconds: float, last_error: str | None) -> Unreachable:

@@ -1,7 +1,8 @@
 """One channel to the broker: proves our key in each call, keeps the nonces, repeats what is safe."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Generic, Protocol, TypeVar
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from broker._proto.actionbroker.v1 import broker_pb2_grpc
+from broker._proto.actionbroker.v1 import approvals_pb2_grpc, broker_pb2_grpc
 from broker.action import check_uri
 from broker.client.faults import RefusedByBroker, Unreachable, from_rpc, late
 from broker.client.nonces import Nonce, NoncePool
@@ -18,6 +19,7 @@ from broker.credentials.dpop import ProofKey
 from broker.errors import BrokerError, Invalid, Reason
 
 SERVICE: Final = "actionbroker.v1.ActionBroker"
+APPROVALS: Final = "actionbroker.v1.Approvals"
 PROOF: Final = "dpop"
 NONCE: Final = "dpop-nonce"
 MAX_ANSWER: Final = 8 * 1024 * 1024  # bytes: 256 tokens of 16 KiB, and the rest of a batch's answer
@@ -26,11 +28,29 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stubs:
+    """The broker's services over one channel."""
+
+    broker: "broker_pb2_grpc.ActionBrokerAsyncStub"
+    approvals: "approvals_pb2_grpc.ApprovalsAsyncStub"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method(Generic[_Q, _R]):
-    """A unary method: its name, which its proofs name too, and where it is in the stub (renewed with the channel)."""
+    """A unary method: its name, which its proofs name too, and where it is in the stubs (renewed with the channel)."""
 
     name: str
-    of: "Callable[[broker_pb2_grpc.ActionBrokerAsyncStub], grpc.aio.UnaryUnaryMultiCallable[_Q, _R]]"
+    of: "Callable[[Stubs], grpc.aio.UnaryUnaryMultiCallable[_Q, _R]]"
+    service: str = SERVICE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed(Generic[_Q, _R]):
+    """The same for a method that answers with a stream."""
+
+    name: str
+    of: "Callable[[Stubs], grpc.aio.UnaryStreamMultiCallable[_Q, _R]]"
+    service: str = SERVICE
 
 
 class Hop(Protocol):
@@ -71,7 +91,7 @@ class Link:
         self._channels: list[grpc.aio.Channel] = []  # the last one is in use, the others end
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.stub: broker_pb2_grpc.ActionBrokerAsyncStub  # of the newest channel
+        self.stubs: Stubs  # of the newest channel
 
     async def open(self) -> None:
         """Makes the channel. It connects with the first call."""
@@ -115,13 +135,15 @@ class Link:
             ],
         )
         self._channels.append(channel)
-        self.stub = broker_pb2_grpc.ActionBrokerStub(channel)
+        self.stubs = Stubs(
+            broker=broker_pb2_grpc.ActionBrokerStub(channel), approvals=approvals_pb2_grpc.ApprovalsStub(channel)
+        )
 
-    def proof(self, name: str, nonce: Nonce | None) -> str:
+    def proof(self, name: str, nonce: Nonce | None, service: str = SERVICE) -> str:
         """A proof for one call of method `name` (RFC 9449; WIRE: always POST, as gRPC is). "" without a key."""
         if self.key is None:
             return ""
-        url = f"https://{self._authority}/{SERVICE}/{name}"
+        url = f"https://{self._authority}/{service}/{name}"
         return self.key.prove("POST", url, datetime.now(UTC), nonce=nonce.value if nonce else None)
 
     def keep_nonce(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
@@ -172,9 +194,9 @@ class Link:
 
     async def _once(self, method: Method[_Q, _R], request: _Q, nonce: Nonce | None, left: float, seconds: float) -> _R:
         self.require_open()
-        proof = self.proof(method.name, nonce)
+        proof = self.proof(method.name, nonce, method.service)
         metadata = ((PROOF, proof),) if proof else ()
-        call = method.of(self.stub)(request, timeout=max(left, 0.001), metadata=metadata)
+        call = method.of(self.stubs)(request, timeout=max(left, 0.001), metadata=metadata)
         try:
             answer = await call
         except grpc.aio.AioRpcError as error:
@@ -188,3 +210,50 @@ class Link:
             raise self.was_cut() from None  # gRPC's own way to say that the channel was closed
         self.keep_nonce(await call.trailing_metadata())
         return answer
+
+    async def feed(self, method: Feed[_Q, _R], request: _Q, seconds: float) -> AsyncGenerator[_R]:
+        """The answers of a streaming method until it ends, or `seconds` are over and there was one.
+
+        Raises: BrokerError.
+        """
+        clock = asyncio.get_running_loop().time
+        until, nonce = clock() + seconds, self.nonces.take()
+        for last in (False, True):
+            attempt = self._feed_once(method, request, nonce, until - clock(), seconds)
+            try:
+                async with contextlib.aclosing(attempt) as answers:
+                    async for answer in answers:
+                        yield answer
+            except RefusedByBroker as error:
+                if last or not self.wants_nonce(error, nonce):
+                    raise
+                nonce = self.nonces.take()
+            else:
+                return
+
+    async def _feed_once(
+        self, method: Feed[_Q, _R], request: _Q, nonce: Nonce | None, left: float, seconds: float
+    ) -> AsyncGenerator[_R]:
+        self.require_open()
+        proof = self.proof(method.name, nonce, method.service)
+        call = method.of(self.stubs)(request, timeout=max(left, 0.001), metadata=((PROOF, proof),) if proof else ())
+        came = False
+        try:
+            async for answer in call:
+                if not came:  # with the nonce for what is asked while this goes on
+                    self.keep_nonce(await call.initial_metadata())
+                came = True
+                yield answer
+            self.keep_nonce(await call.trailing_metadata())
+        except grpc.aio.AioRpcError as error:
+            self.keep_nonce(error.initial_metadata())
+            self.keep_nonce(error.trailing_metadata())
+            if not came or error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise self.fault(error, seconds) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self.was_cut() from None  # as in `_once`
+        finally:
+            call.cancel()

@@ -97,7 +97,7 @@ class _Call:
         self._retired = self.has_ended = False
         self._fault: Callable[[float], BrokerError] = lambda _: link.was_cut()
         link.require_open()
-        self._call = link.stub.StreamActionTokens(metadata=())
+        self._call = link.stubs.broker.StreamActionTokens(metadata=())
         self._writer = asyncio.create_task(self._write(), name="token-stream-writer")
         self._reader = asyncio.create_task(self._read(), name="token-stream-reader")
 

@@ -118,10 +118,11 @@ def verify(
     issuer: str,
     key_for: Callable[[str], ec.EllipticCurvePublicKey],
     now: datetime,
+    typ: str = TYPE,
 ) -> VerifiedClaims:
     """Checks what a token says of itself.
 
-    1. compact ES256 JWS of type at+jwt, one spelling, no extension
+    1. compact ES256 JWS of type at+jwt (or `typ`, for what is like it), one spelling, no extension
     2. signed by the issuer's key that `kid` names
     3. exactly the claims we mint, no name twice
     4. our issuer
@@ -134,7 +135,7 @@ def verify(
     Not checked: that we are the audience, possession of `cnf`, that `action_digest` is that of the act at hand (the
     guard compares it with the request, which also catches a detail that contradicts it), use or refusal since.
     """
-    jws = jose.parse(token, typ=TYPE)
+    jws = jose.parse(token, typ=typ)
     if jws.header.kid is None:
         raise Invalid("the token names no key")
     jose.verify(jws, key_for(jws.header.kid))

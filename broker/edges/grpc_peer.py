@@ -5,7 +5,7 @@ import functools
 import secrets
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import grpc
@@ -14,9 +14,11 @@ from broker.errors import Reason, Refused
 from broker.exchange import Caller, Exchange, KeyProof
 from broker.identity.identify import Identified
 from broker.identity.peer import Peer
+from broker.redemption import Presenter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MetadataItem = tuple[str, str | bytes]
+SERVICE: Final = "actionbroker.v1.ActionBroker"
 PeerOf = Callable[[str], Peer | None]
 
 
@@ -88,6 +90,16 @@ class Identifier:
         peer = self._peer_of(context.peer())
         return None if peer is None else peer.process.uid
 
+    def presenter(self, context: Context, named: str) -> Presenter:
+        """Who is there, by kernel and handshake alone; verified for nothing. named: the SPIFFE ID that it names."""
+        peer = self._peer_of(context.peer())
+        if peer is not None:
+            return Presenter(named=named, process=peer.process)
+        try:
+            return Presenter(named=named, leaf=certificate_chain(context)[0])
+        except Refused:
+            return Presenter(named=named)
+
     def holder(self, context: Context, now: datetime) -> Identified:
         """Who holds a connection over mutual TLS, by its certificate. Raises: BrokerError."""
         with self._exchange.counted():
@@ -95,12 +107,18 @@ class Identifier:
         return self._exchange.holder_of(chain, now)
 
     async def identify_call(
-        self, context: Context, method: str, wanted: str, now: datetime, correlation: str
+        self,
+        context: Context,
+        method: str,
+        wanted: str,
+        now: datetime,
+        correlation: str,
+        service: str = SERVICE,
     ) -> Caller:
         """Who makes this call, by the proof in its metadata. Raises: BrokerError."""
         with self._exchange.counted():
             proof = single_metadata(context.invocation_metadata(), "dpop")
-        return await self.identify(context, method, wanted, proof, now, correlation)
+        return await self.identify(context, method, wanted, proof, now, correlation, service)
 
     async def identify(
         self,
@@ -110,9 +128,10 @@ class Identifier:
         proof: str | None,
         now: datetime,
         correlation: str,
+        service: str = SERVICE,
     ) -> Caller:
         """Who sends this, with this proof of a key. Raises: BrokerError."""
-        url = f"https://{self._authority}/actionbroker.v1.ActionBroker/{method}"
+        url = f"https://{self._authority}/{service}/{method}"
         peer = self._peer_of(context.peer())
         if peer is not None:
             key_proof = KeyProof(proof=proof, method="POST", url=url, binding=peer.connection)

@@ -2,20 +2,23 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
-from typing import Final, NoReturn, TypeVar, cast
+from collections.abc import AsyncGenerator, AsyncIterator
+from datetime import datetime
+from functools import partial
+from typing import Final, NoReturn, cast
 
 import grpc
-import structlog
 from google.protobuf.message import DecodeError
-from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from broker._proto.actionbroker.v1 import action_pb2, broker_pb2, broker_pb2_grpc
-from broker.action import Action
-from broker.edges.grpc_peer import Context, Identifier, correlation_id
+from broker._proto.actionbroker.v1 import action_pb2, approvals_pb2_grpc, broker_pb2, broker_pb2_grpc, signing_pb2
+from broker.edges.grpc_answers import Answers, Clock
+from broker.edges.grpc_approvals import MAX_WAITS, ApprovalsService
+from broker.edges.grpc_approvals import SERVICE as APPROVALS
+from broker.edges.grpc_peer import SERVICE, Context, Identifier, correlation_id
+from broker.edges.grpc_signing import SigningCalls
+from broker.edges.grpc_wire import timestamp, to_action
 from broker.edges.metrics import Metrics
 from broker.edges.places import (
     MAX_REFLECTIONS,
@@ -34,7 +37,7 @@ from broker.errors import BrokerError, Invalid, Reason, Unavailable
 from broker.exchange import Caller, Exchange, Issued
 from broker.operate import Operators, Question
 from broker.recheck import Recheck
-from broker.status import CORRELATION_ID, STATUS, error_info_trailers
+from broker.sign import Signing
 
 MAX_MESSAGE: Final = 1024 * 1024
 MAX_BATCH: Final = 256
@@ -42,28 +45,13 @@ MAX_STREAM_IN_FLIGHT: Final = 64
 MAX_STREAMS_OF_CONNECTION: Final = 128  # HTTP/2 streams: calls of any kind
 MAX_CONNECTIONS: Final = 4096  # on one listener, handshakes that have not ended included
 HANDSHAKE_TIMEOUT_S: Final = 10
-SERVICE: Final = "actionbroker.v1.ActionBroker"
-
-Clock = Callable[[], datetime]
-_T = TypeVar("_T")
-_log = structlog.get_logger(__name__)
-
-
-def _timestamp(when: datetime) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromDatetime(when.astimezone(UTC).replace(tzinfo=None))
-    return stamp
-
-
-def _action(message: action_pb2.Action) -> Action:
-    return Action.parse(message.name, message.resource, message.audience, message.parameters)
 
 
 def _token(issued: Issued) -> broker_pb2.ActionToken:
     return broker_pb2.ActionToken(
         access_token=issued.token,
         token_type="DPoP" if issued.claims.cnf.jkt else "Bearer",
-        expires_at=_timestamp(issued.claims.expires_at),
+        expires_at=timestamp(issued.claims.expires_at),
         use=issued.claims.use,
     )
 
@@ -80,6 +68,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
         exchange: Exchange,
         recheck: Recheck,
         operators: Operators,
+        signing: Signing,
         *,
         identifier: Identifier,
         metrics: Metrics,
@@ -87,43 +76,14 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
     ) -> None:
         self._exchange, self._recheck, self._operators = exchange, recheck, operators
         self._identifier, self._metrics, self._clock = identifier, metrics, clock
+        self._calls = Answers(identifier, metrics, clock)
+        self._signing = SigningCalls(signing, identifier)
         self._unknown, self._held = Waiting(MAX_UNKNOWN_STREAMS, MAX_UNKNOWN_STREAMS_OF_ONE), Held()
-
-    async def _answer(
-        self, context: Context, method: str, success: str, work: Callable[[datetime, str], Awaitable[_T]]
-    ) -> _T:
-        """Runs `work` with the one `now` and correlation id of this call, and maps how it ends."""
-        now, correlation = self._clock(), correlation_id()
-        try:
-            with self._metrics.observe(method, success):
-                answer = await work(now, correlation)
-        except BrokerError as error:
-            await self.abort(context, error, correlation)
-        except Exception:
-            await self._fail(context, method, correlation)
-        nonce = self._identifier.nonce_metadata(context, self._clock())
-        context.set_trailing_metadata((*nonce, (CORRELATION_ID, correlation)))
-        return answer
-
-    async def _fail(self, context: Context, method: str, correlation: str) -> NoReturn:
-        """Ends a call on what nobody foresaw: the log has it, the caller its number."""
-        _log.exception("request_failed", method=method, correlation_id=correlation)
-        context.set_trailing_metadata(((CORRELATION_ID, correlation),))
-        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the log has it under the correlation id")
-
-    async def abort(self, context: Context, error: BrokerError, correlation: str) -> NoReturn:
-        """Ends a call with a refusal that is in the ledger, or counted there."""
-        _log.debug("refused", reason=error.reason, detail=error.detail, correlation_id=correlation)
-        nonce = self._identifier.nonce_metadata(context, self._clock())
-        context.set_trailing_metadata(
-            (*nonce, *error_info_trailers(error.reason, correlation, retry_after_ms=error.retry_after_ms))
-        )
-        await context.abort(STATUS[error.reason].grpc, error.reason.value)
 
     async def refuse(self, context: Context, error: BrokerError) -> NoReturn:
         """Ends a call of whoever it is with a refusal, and counts it."""
         self._exchange.ledger.count_refusal(error.reason)
-        await self.abort(context, error, correlation_id())
+        await self._calls.abort(context, error, correlation_id())
 
     async def RequestActionToken(
         self, request: broker_pb2.RequestActionTokenRequest, context: Context
@@ -134,10 +94,12 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
             caller = await self._identifier.identify_call(
                 context, "RequestActionToken", request.spiffe_id, now, correlation
             )
-            issued = await self._exchange.request(caller, lambda: _action(request.action), now, correlation)
+            issued = await self._exchange.request(
+                caller, lambda: to_action(request.action), now, correlation, request_id=request.request_id
+            )
             return broker_pb2.RequestActionTokenResponse(token=_token(issued), correlation_id=correlation)
 
-        return await self._answer(context, "RequestActionToken", "issued", work)
+        return await self._calls.answer(context, "RequestActionToken", "issued", work)
 
     async def RequestActionTokens(
         self, request: broker_pb2.RequestActionTokensRequest, context: Context
@@ -157,13 +119,13 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
             each = (self._result(caller, action, now) for action in request.actions)
             return broker_pb2.RequestActionTokensResponse(results=await asyncio.gather(*each))
 
-        return await self._answer(context, "RequestActionTokens", "answered", work)
+        return await self._calls.answer(context, "RequestActionTokens", "answered", work)
 
     async def _result(self, caller: Caller, message: action_pb2.Action, now: datetime) -> broker_pb2.ActionTokenResult:
         correlation = correlation_id()
         try:
             with self._metrics.observe("ActionToken", "issued"):
-                issued = await self._exchange.request(caller, lambda: _action(message), now, correlation)
+                issued = await self._exchange.request(caller, lambda: to_action(message), now, correlation)
         except BrokerError as error:
             return broker_pb2.ActionTokenResult(refusal=_refusal(error, correlation), correlation_id=correlation)
         return broker_pb2.ActionTokenResult(token=_token(issued), correlation_id=correlation)
@@ -217,7 +179,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                 places.release()
             await reader
         except Exception:
-            await self._fail(context, "StreamActionTokens", correlation_id())
+            await self._calls.fail(context, "StreamActionTokens", correlation_id())
         finally:
             reader.cancel()
             await asyncio.wait((reader,))
@@ -232,7 +194,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                     context, "StreamActionTokens", message.spiffe_id, message.dpop or None, now, correlation
                 )
                 place.known(str(caller.identity.spiffe_id))
-                issued = await self._exchange.request(caller, lambda: _action(message.action), now, correlation)
+                issued = await self._exchange.request(caller, lambda: to_action(message.action), now, correlation)
             result = broker_pb2.ActionTokenResult(token=_token(issued), correlation_id=correlation)
         except BrokerError as error:
             result = broker_pb2.ActionTokenResult(refusal=_refusal(error, correlation), correlation_id=correlation)
@@ -245,7 +207,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
         async def work(now: datetime, correlation: str) -> broker_pb2.CheckResponse:
             caller = await self._identifier.identify_call(context, "Check", request.spiffe_id, now, correlation)
             try:
-                await self._recheck.check(caller, request.token, lambda: _action(request.action), now, correlation)
+                await self._recheck.check(caller, request.token, lambda: to_action(request.action), now, correlation)
             except (Invalid, Unavailable):
                 raise
             except BrokerError as error:
@@ -254,7 +216,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                 return broker_pb2.CheckResponse(allowed=False, reason=error.reason, correlation_id=correlation)
             return broker_pb2.CheckResponse(allowed=True, correlation_id=correlation)
 
-        return await self._answer(context, "Check", "answered", work)
+        return await self._calls.answer(context, "Check", "answered", work)
 
     async def Redeem(self, request: broker_pb2.RedeemRequest, context: Context) -> broker_pb2.RedeemResponse:
         """Uses a single-use token up."""
@@ -262,11 +224,31 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
         async def work(now: datetime, correlation: str) -> broker_pb2.RedeemResponse:
             caller = await self._identifier.identify_call(context, "Redeem", request.spiffe_id, now, correlation)
             redeemed_at = await self._recheck.redeem(
-                caller, request.token, lambda: _action(request.action), request.idempotency_id, now, correlation
+                caller, request.token, lambda: to_action(request.action), request.idempotency_id, now, correlation
             )
-            return broker_pb2.RedeemResponse(redeemed_at=_timestamp(redeemed_at), correlation_id=correlation)
+            return broker_pb2.RedeemResponse(redeemed_at=timestamp(redeemed_at), correlation_id=correlation)
 
-        return await self._answer(context, "Redeem", "redeemed", work)
+        return await self._calls.answer(context, "Redeem", "redeemed", work)
+
+    async def RequestSigningGrant(
+        self, request: signing_pb2.RequestSigningGrantRequest, context: Context
+    ) -> signing_pb2.RequestSigningGrantResponse:
+        """Leave for one signature."""
+        return await self._calls.answer(
+            context, "RequestSigningGrant", "issued", partial(self._signing.grant, request, context)
+        )
+
+    async def Sign(self, request: signing_pb2.SignRequest, context: Context) -> signing_pb2.SignResponse:
+        """One signature, or the one that the same request gave before."""
+        return await self._calls.answer(context, "Sign", "signed", partial(self._signing.sign, request, context))
+
+    async def IssueSigningCertificate(
+        self, request: signing_pb2.IssueSigningCertificateRequest, context: Context
+    ) -> signing_pb2.IssueSigningCertificateResponse:
+        """A certificate for the caller's own key, or the one that the same request gave before."""
+        return await self._calls.answer(
+            context, "IssueSigningCertificate", "issued", partial(self._signing.certify, request, context)
+        )
 
     async def Explain(self, request: broker_pb2.ExplainRequest, context: Context) -> broker_pb2.ExplainResponse:
         """A dry run, for operators."""
@@ -275,7 +257,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
             caller = await self._identifier.identify_call(context, "Explain", request.spiffe_id, now, correlation)
             question = Question(
                 principal=request.principal,
-                asked=lambda: _action(request.action),
+                asked=lambda: to_action(request.action),
                 facts=request.facts,
                 pid=request.pid,
             )
@@ -293,7 +275,7 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                 errors=found.errors,
             )
 
-        return await self._answer(context, "Explain", "answered", work)
+        return await self._calls.answer(context, "Explain", "answered", work)
 
 
 class GrpcServer:
@@ -302,6 +284,7 @@ class GrpcServer:
     def __init__(
         self,
         service: ActionBrokerService,
+        approvals: ApprovalsService,
         *,
         max_concurrent: int,
         max_connection_age_s: int,
@@ -321,12 +304,13 @@ class GrpcServer:
             ("grpc.http2.bdp_probe", 0),  # a ping beside each request, to size windows that a request never fills
         ]
         # Places for what stays open come on top, so that however many of them are taken, requests find theirs.
-        still_open = max_concurrent + MAX_UNKNOWN_STREAMS + MAX_STREAMS + MAX_WATCHES + MAX_REFLECTIONS
+        still_open = max_concurrent + MAX_UNKNOWN_STREAMS + MAX_STREAMS + MAX_WATCHES + MAX_REFLECTIONS + MAX_WAITS
         self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=max_concurrent + still_open)
         registrar = cast("grpc.aio.Server", Registrar(self._server, max_concurrent, service.refuse))
         self._health = Health()
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, APPROVALS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         broker_pb2_grpc.add_ActionBrokerServicer_to_server(service, registrar)
+        approvals_pb2_grpc.add_ApprovalsServicer_to_server(approvals, registrar)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), registrar)
 

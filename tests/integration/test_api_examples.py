@@ -3,13 +3,16 @@
 A code block says behind its language what is done with it:
 
     file=NAME      written to NAME in the broker's configuration folder, before the broker starts
+    put=NAME       written to NAME in the folder that each example is run in
+    before         run before the broker starts
     as=A,B         run by a process that has these SPIFFE IDs of the trust domain; `nobody` has none
     name=X         not run by itself; use=X puts it in front of another block
     output         what the block before it prints; … stands for anything
     base, shown    not run: tests/unit/test_docs.py holds them to the code
     spire          run in order on a real SPIRE: `until` it succeeds, `serve` to the end, as=UID by that user
 
-Only where things are is replaced: paths, addresses and ports (`places`).
+Only where things are is replaced: paths, addresses and ports (`places`). `sudo -u NAME COMMAND` stands for another user
+of the node, whose entry has the path /release-managers/NAME: it runs COMMAND as a process with that SPIFFE ID.
 """
 
 import asyncio
@@ -40,6 +43,12 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?P<language>\w*)(?P<said>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python": [sys.executable], "bash": ["sh", "-eu"]}
 WITHOUT_RUN = {"output", "base", "shown", "spire"}
+SUDO = """#!/bin/sh
+[ "$1" = -u ] || exit 64
+export EXAMPLE_AS="release-managers/$2"
+shift 2
+exec "$@"
+"""
 # What a registration entry does for a service: this very process gets its IDs, then becomes the program.
 ENTITLED = """
 import os, sys
@@ -83,15 +92,20 @@ def blocks(document: str) -> list[Block]:
 BLOCKS = [*blocks("docs/api.md"), *blocks("README.md")]
 ON_SPIRE = [block for block in BLOCKS if "spire" in block.said]
 RUN = [block for block in BLOCKS if "as" in block.said and block not in ON_SPIRE]
+BEFORE = [block for block in BLOCKS if "before" in block.said]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """folder: the examples' own. places: what stands in the text, and what is there instead."""
+    """folder: the examples' own. places: what stands in the text, and what is there instead.
+
+    before: what was printed before the broker started, by block.
+    """
 
     folder: Path
     places: Mapping[str, str]
     environment: Mapping[str, str]
+    before: Mapping[str, subprocess.CompletedProcess[str]]
 
 
 def moved(text: str, places: Mapping[str, str]) -> str:
@@ -130,11 +144,22 @@ def write_files(folder: Path, places: Mapping[str, str]) -> None:
             file = folder / "etc" / block.said["file"]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(moved(block.text, places).replace('"127.0.0.1:9464"', '"127.0.0.1:0"'))
-    command = folder / "bin" / "action-broker"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/entitled.py -m broker.cli "$@"\n')
-    command.chmod(0o755)
+    (folder / "bin").mkdir()
+    commands = {
+        "action-broker": f'#!/bin/sh\nexec {sys.executable} {folder}/entitled.py -m broker.cli "$@"\n',
+        "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "sudo": SUDO,
+    }
+    for name, text in commands.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     (folder / "entitled.py").write_text(ENTITLED)
+
+
+def run_before(
+    folder: Path, places: Mapping[str, str], environment: Mapping[str, str]
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    return {block.where: shell(moved(block.text, places), folder, environment, None) for block in BEFORE}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -147,17 +172,25 @@ async def setting() -> AsyncIterator[Setting]:
             domain.create_entry(str(domain.broker), [f"dev:process:{own.pid}:{own.start_time}"])
             places = first_places(folder, domain)
             write_files(folder, places)
-            async with running(load(folder / "etc/broker.toml")) as broker:
+            environment = {
+                **os.environ,
+                "PATH": f"{folder}/bin:{os.environ['PATH']}",
+                "COLUMNS": "120",
+                "EXAMPLE_AS": "nobody",
+                "EXAMPLE_ENTRIES": str(domain.entries_socket),
+                "SPIFFE_ENDPOINT_SOCKET": f"unix://{domain.workload_socket}",
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            }
+            before = await asyncio.to_thread(run_before, folder, places, environment)
+            config = load(folder / "etc/broker.toml")
+            # What commands read in /etc/action-broker/broker.toml where nothing else is said.
+            defaults = {"ACTION_BROKER_ISSUER": config.issuer, "ACTION_BROKER_UNIX__SOCKET": f"{folder}/broker.sock"}
+            async with running(config) as broker:
                 yield Setting(
                     folder=folder,
                     places={**places, **later_places(broker)},
-                    environment={
-                        **os.environ,
-                        "PATH": f"{folder}/bin:{os.environ['PATH']}",
-                        "EXAMPLE_ENTRIES": str(domain.entries_socket),
-                        "SPIFFE_ENDPOINT_SOCKET": f"unix://{domain.workload_socket}",
-                        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-                    },
+                    environment={**environment, **defaults},
+                    before=before,
                 )
 
 
@@ -166,6 +199,9 @@ async def run(block: Block, setting: Setting) -> tuple[str, str, int]:
     named = {one.said["name"]: one.text for one in BLOCKS if "name" in one.said}
     text = "".join([*(named[name] for name in block.said.get("use", "").split(",") if name), block.text])
     folder = Path(tempfile.mkdtemp(dir=setting.folder))
+    for one in BLOCKS:
+        if "put" in one.said:
+            (folder / one.said["put"]).write_text(moved(one.text, setting.places))
     file = folder / "example"
     file.write_text(moved(text, setting.places))
     command = [*LANGUAGES[block.language], str(file)]
@@ -203,6 +239,13 @@ async def test_an_example_does_what_the_text_says(block: Block, setting: Setting
     assert matches(out, block.output), f"it printed:\n{out}\n{err}"
 
 
+@pytest.mark.parametrize("block", BEFORE, ids=lambda block: block.where)
+async def test_what_comes_before_the_broker_does_what_the_text_says(block: Block, setting: Setting) -> None:
+    done = setting.before[block.where]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert matches(done.stdout, block.output or ""), f"it printed:\n{done.stdout}\n{done.stderr}"
+
+
 async def test_an_example_that_fails_is_noticed(setting: Setting) -> None:
     """The control of the above: neither an exception nor another output passes."""
     failing = Block(where="", language="python", said={"as": "nobody"}, text="raise SystemExit(1)", output="")
@@ -213,7 +256,8 @@ async def test_an_example_that_fails_is_noticed(setting: Setting) -> None:
 
 
 async def test_no_example_is_left_out() -> None:
-    kinds = [{"as", "file", "name", *WITHOUT_RUN} & block.said.keys() for block in BLOCKS if block not in ON_SPIRE]
+    ways = {"as", "before", "file", "name", "put", *WITHOUT_RUN}
+    kinds = [ways & block.said.keys() for block in BLOCKS if block not in ON_SPIRE]
     assert [kind for kind in kinds if len(kind) != 1] == []
     used = {name for block in BLOCKS for name in block.said.get("use", "").split(",")}
     assert {block.said["name"] for block in BLOCKS if "name" in block.said} <= used

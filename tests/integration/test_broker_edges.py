@@ -83,6 +83,7 @@ async def test_reflection_tells_a_plain_client_the_api(whole: Whole) -> None:
             listed = await ask(list_services="")
             assert {one.name for one in listed.list_services_response.service} == {
                 SERVICE,
+                "actionbroker.v1.Approvals",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
             }
@@ -95,6 +96,9 @@ async def test_reflection_tells_a_plain_client_the_api(whole: Whole) -> None:
                 "StreamActionTokens",
                 "Check",
                 "Redeem",
+                "RequestSigningGrant",
+                "Sign",
+                "IssueSigningCertificate",
                 "Explain",
             }
 

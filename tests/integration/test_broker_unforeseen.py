@@ -11,12 +11,17 @@ from support.exchanging import Exchanging, exchanging
 from support.whole_broker import AGENT, Wire, act, request
 
 from broker._proto.actionbroker.v1 import broker_pb2
+from broker.acts import Means
+from broker.approval_text import Texts
+from broker.approvals import Approvals
+from broker.edges.grpc_approvals import ApprovalsService
 from broker.edges.grpc_peer import Identifier
 from broker.edges.grpc_server import ActionBrokerService, GrpcServer
 from broker.edges.metrics import Metrics
 from broker.identity.unix_front import UnixFront
 from broker.operate import Operators
 from broker.recheck import Recheck
+from broker.sign import Signing
 
 SECRET = "not for callers"
 
@@ -38,15 +43,20 @@ async def wire(found: Exchanging, tmp_path: Path) -> AsyncIterator[Wire]:
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     front = UnixFront(tmp_path / "s", private / "grpc")
+    identifier, metrics = Identifier(found.exchange, front.peer), Metrics()
     service = ActionBrokerService(
         found.exchange,
         Recheck(found.exchange, {}),
         Operators(found.exchange),
-        identifier=Identifier(found.exchange, front.peer),
-        metrics=Metrics(),
+        Signing(found.exchange, Means(issuer=found.exchange.issuer)),
+        identifier=identifier,
+        metrics=metrics,
         clock=found.now,
     )
-    server = GrpcServer(service, max_concurrent=100, max_connection_age_s=600)
+    desk = ApprovalsService(
+        Approvals(found.exchange, Texts()), found.exchange, identifier=identifier, metrics=metrics, clock=found.now
+    )
+    server = GrpcServer(service, desk, max_concurrent=100, max_connection_age_s=600)
     server.listen_unix(str(private / "grpc"))
     await server.start()
     await front.start()

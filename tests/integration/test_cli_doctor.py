@@ -16,7 +16,8 @@ from support.cli import cli
 
 from broker.cli.config import load
 from broker.cli.dev_entries import selector
-from broker.cli.doctor import Finding, examine
+from broker.cli.doctor import examine
+from broker.cli.doctor_finding import Finding
 from broker.decision.policy_init import policy_init
 from broker.dev.server import DevTrustDomain
 from broker.identity.spiffe_id import SpiffeId

@@ -74,7 +74,7 @@ class Exchanging:
     def caller(self, spiffe_id: str = AGENT, *, pid: int | None = None, transport: str = "mtls") -> Caller:
         """Somebody who was identified, as a process where `pid` is given."""
         identity = Identified(
-            spiffe_id=SpiffeId.parse(spiffe_id),
+            principal=SpiffeId.parse(spiffe_id),
             transport="unix" if pid else transport,
             expires_at=self.now() + timedelta(hours=1),
             process=read_process(pid) if pid else None,

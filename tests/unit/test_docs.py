@@ -17,6 +17,7 @@ from tools.missing_parts import NEEDS
 
 from broker.cli import main
 from broker.cli.config import Config
+from broker.cli.trust_file import TrustFile
 from broker.decision.declarations import BASE_SCHEMA
 from broker.decision.obligations import _KNOWN as ANNOTATIONS
 from broker.decision.policy_init import policy_init
@@ -112,14 +113,25 @@ def test_the_table_of_reasons_is_the_one_in_status() -> None:
     }
 
 
-def keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+def keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """Key, default and variable. What stands under a name of the operator's has no variable of its own."""
     for name, field in model.model_fields.items():
         kind, path = field.annotation, (*above, name)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if is_table(kind):
             yield from keys(kind, path)
-        else:
-            default = "required" if field.is_required() else field.default
-            yield ".".join(path), default, "ACTION_BROKER_" + "__".join(path).upper()
+            continue
+        default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
+        yield ".".join(path), default, "\N{EN DASH}" if "NAME" in path else "ACTION_BROKER_" + "__".join(path).upper()
+        for inner in filter(is_table, typing.get_args(kind)):
+            yield from keys(inner, (*path, "NAME") if typing.get_origin(kind) is dict else path)
+
+
+def is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def shown(default: Any) -> str:
+    return "none" if default is None else str(default) or '""'
 
 
 def test_the_table_of_configuration_has_every_key_with_its_default_and_variable() -> None:
@@ -137,7 +149,23 @@ def test_the_table_of_configuration_has_every_key_with_its_default_and_variable(
         path = getattr(config, key.replace("ledger.file", "ledger_file").removeprefix("ledger."))
         assert str(path) == said.replace("STATE_FOLDER", str(folder))
     rows = [(plain(row[0]), plain(row[1]), plain(row[2])) for row in table(API, "key | default")]
-    assert rows == [(key, derived.get(key, str(default)), variable) for key, default, variable in keys(Config)]
+    assert rows == [(key, derived.get(key, default), variable) for key, default, variable in keys(Config)]
+
+
+def test_the_table_of_the_trust_file_has_every_key_with_its_default() -> None:
+    rows = [(plain(row[0]), plain(row[1])) for row in table(API, "key of the trust file | default")]
+    assert rows == [(key, default) for key, default, _ in keys(TrustFile)]
+
+
+def test_configuration_that_is_shown_and_not_run_is_valid() -> None:
+    shown_blocks = re.findall(r"^```toml shown\n(.*?)^```$", README + API, re.MULTILINE | re.DOTALL)
+    found = [tomllib.loads(text) for text in shown_blocks]
+    assert any("signing" in one for one in found)
+    for one in found:
+        if "builders" in one:
+            TrustFile(**one)
+        else:
+            Config(issuer="https://b.test", trust_domain="b.test", **one)
 
 
 def test_the_table_of_record_kinds_has_every_kind_with_its_fields() -> None:
@@ -175,6 +203,22 @@ def test_the_table_of_commands_has_every_command() -> None:
     assert words == {word for name in commands(main, click.Context(main)) for word in name.split()}
 
 
+KEPT = re.compile(r"self\._\w+: (?:Final\[)?(?:dict|set|deque|OrderedDict|Counter)\[.*\] = |^    _\w+: Final\[dict\[")
+"""What an object keeps from one call to the next, as this code writes it."""
+
+
+def test_every_module_whose_objects_keep_something_says_so_in_the_page_on_staleness() -> None:
+    listed = set(re.findall(r"`((?:broker|attestors)/[a-z0-9_/]+\.py)`", read("docs/staleness.md")))
+    keeping = {
+        str(file.relative_to(ROOT))
+        for folder in ("broker", "attestors")
+        for file in (ROOT / folder).rglob("*.py")
+        if "_proto" not in file.parts and any(KEPT.search(line) for line in file.read_text().splitlines())
+    }
+    assert "broker/redemption.py" in keeping, "the search finds what it is to find"
+    assert sorted(keeping - listed) == []
+
+
 def test_the_annotations_are_those_that_policies_may_have() -> None:
     said = {name for row in table(API, "annotation | on") for name in re.findall(r"`@(\w+)", row[0])}
     assert said == set(ANNOTATIONS)
@@ -198,7 +242,7 @@ def value_of(name: str) -> float:
     module, _, path = name.partition(":")
     found: Any = importlib.import_module(module)
     for part in path.split("."):
-        fields = getattr(found, "__dataclass_fields__", {})
+        fields = getattr(found, "__dataclass_fields__", None) or getattr(found, "model_fields", {})
         found = fields[part].default if part in fields else getattr(found, part)
     if isinstance(found, timedelta):
         return found.total_seconds()

@@ -314,7 +314,7 @@ async def test_so_many_refusals_of_one_caller_are_written_and_the_others_counted
 async def test_a_decision_that_takes_too_long_is_written_down_as_what_it_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.exchange.REQUEST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("broker.in_time.REQUEST_TIMEOUT_S", 0.05)
     meddler = Meddler()
     async with exchanging(tmp_path, attestors={"process": meddler}) as found:
         found.exchange.attestation = Attestation({"process": meddler, "spire": Spire(found)}, 2.0)
@@ -336,7 +336,7 @@ async def test_a_decision_that_takes_too_long_is_written_down_as_what_it_waited_
 async def test_recording_that_takes_too_long_is_written_down_and_its_intent_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.exchange.REQUEST_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("broker.in_time.REQUEST_TIMEOUT_S", 0.0)
     async with exchanging(tmp_path) as found:
         with pytest.raises(Unavailable) as late:
             await found.token(act())
@@ -354,7 +354,7 @@ async def test_recording_that_takes_too_long_is_written_down_and_its_intent_fail
 async def test_a_callers_identification_that_takes_too_long_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.exchange.REQUEST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("broker.in_time.REQUEST_TIMEOUT_S", 0.05)
     async with exchanging(tmp_path) as found:
 
         async def never(*_: object) -> Facts:

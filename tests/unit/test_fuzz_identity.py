@@ -4,7 +4,7 @@ import base64
 from itertools import pairwise
 
 import pytest
-from fuzz import fuzz_jwt_svid, fuzz_spiffe_id, fuzz_x509_svid
+from fuzz import fuzz_id_token, fuzz_jwt_svid, fuzz_spiffe_id, fuzz_x509_svid
 from hypothesis import given
 from hypothesis import strategies as st
 from vectors.make_svid_vectors import build
@@ -62,3 +62,35 @@ def test_no_bytes_make_an_x509_svid_that_nobody_signed(data: bytes) -> None:
 @pytest.mark.parametrize("vector", corpus("x509"), ids=lambda vector: str(vector["why"])[:40])
 def test_no_known_defect_makes_an_x509_svid_that_nobody_signed(vector: dict[str, list[str]]) -> None:
     fuzz_x509_svid.one_input(b"".join(base64.b64decode(item) for item in vector["chain"]))
+
+
+def edited(sound: bytes) -> st.SearchStrategy[bytes]:
+    """Sound bytes with a piece of them replaced."""
+    at = st.integers(0, len(sound))
+    return st.tuples(at, at, st.binary(max_size=4) | json_like.map(str.encode)).map(
+        lambda edit: sound[: min(edit[:2])] + edit[2] + sound[max(edit[:2]) :]
+    )
+
+
+@given(
+    st.binary(max_size=200)
+    | json_like.map(str.encode)
+    | edited(fuzz_id_token.HEADER)
+    | edited(fuzz_id_token.PAYLOAD)
+    | edited(fuzz_id_token.KEYS)
+)
+def test_no_bytes_make_an_id_token_that_the_issuer_did_not_sign(data: bytes) -> None:
+    fuzz_id_token.one_input(data)
+
+
+def test_the_id_token_that_is_edited_is_sound_and_none_of_its_parts_alone_is() -> None:
+    parts = (fuzz_id_token.HEADER, fuzz_id_token.PAYLOAD, fuzz_id_token.SIGNER.raw_signature)
+    sound = fuzz_id_token.jws(*parts)
+    assert fuzz_id_token.verified(sound, signed=True)
+    for wrong in (unsigned(sound), f"{sound}=", sound.replace(".", "..", 1), f" {sound}"):
+        assert not fuzz_id_token.verified(wrong, signed=False)
+
+
+def unsigned(token: str) -> str:
+    head, body, _ = token.split(".")
+    return f"{head}.{body}."

@@ -64,4 +64,6 @@ def test_the_commands_are_those_that_the_documents_name() -> None:
         *("serve", "dev", "dev exec", "dev entry create", "dev entry delete", "demo", "request", "check", "explain"),
         *("policy init", "policy validate", "policy test", "policy show", "doctor"),
         *("ledger verify", "ledger show", "ledger tail", "ledger export"),
+        *("sign", "grant request", "grant sign", "grant csr", "grant certify", "verify"),
+        *("pending", "show", "approve", "withdraw", "ca init", "ca rotate", "ca show", "ca trusted-root"),
     }

@@ -6,7 +6,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
 
 from broker.client.faults import InvalidForBroker, Unreachable, from_rpc, late, refusal
-from broker.errors import Invalid, Reason, Refused, Unavailable
+from broker.errors import ApprovalRequired, Invalid, Reason, Refused, Unavailable
 from broker.status import DETAILS, STATUS, error_info_trailers
 
 Code = grpc.StatusCode
@@ -29,6 +29,20 @@ def test_each_reason_comes_back_as_its_own_kind_with_id_and_advice(reason):
     assert (error.reason, error.code, error.correlation_id) == (reason, reason, "c0ffee")
     assert "c0ffee" in str(error)
     assert len(error.detail) > len("(correlation id c0ffee)") + 20
+
+
+def test_what_is_to_be_approved_comes_with_the_refusal():
+    metadata = {"request_digest": "ab" * 32, "text": "asks to do release.sign"}
+    error = failed(Code.FAILED_PRECONDITION, *details_of("approval_required", **metadata), ("x-correlation-id", "c0"))
+    assert isinstance(error, Refused)
+    assert isinstance(error, ApprovalRequired)
+    assert (error.reason, error.code, error.correlation_id) == (Reason.APPROVAL_REQUIRED, "approval_required", "c0")
+    assert (error.request_digest, error.text) == ("ab" * 32, "asks to do release.sign")
+    assert "action-broker approve" in error.detail
+    without = failed(Code.FAILED_PRECONDITION, *details_of("approval_required"))  # withdrawn after the grant
+    assert (without.reason, isinstance(without, ApprovalRequired)) == (Reason.APPROVAL_REQUIRED, False)
+    other = failed(Code.PERMISSION_DENIED, *details_of("denied", **metadata))
+    assert not isinstance(other, ApprovalRequired)
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -57,9 +71,9 @@ def test_a_reason_of_a_later_version_is_read_by_its_status_and_kept_as_it_was_se
     assert "of_the_future" in str(error)
 
 
-def details_of(reason, domain="action-broker"):
+def details_of(reason, domain="action-broker", **metadata):
     packed = Any()
-    packed.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=domain))
+    packed.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=domain, metadata=metadata))
     return ((DETAILS, status_pb2.Status(details=[packed]).SerializeToString()),)
 
 

@@ -1,0 +1,373 @@
+"""How a signing grant is spent: everything is looked at again, then one thing is done, once.
+
+    verify the grant → its own caller → decide again → spend it and record the intent → act → store the answer → answer
+
+Whoever asks again with the same idempotency id gets the stored answer; nobody gets a second signature. A refusal on
+the second look spends the grant as well: what was granted does not come back when the reasons do.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final, Protocol, TypeVar
+
+from attestors.contract import Process
+from broker.action import Action, check_random_id
+from broker.artifacts import SigningRequest, signing_request
+from broker.credentials import signing_grant
+from broker.credentials.action_token import VerifiedClaims
+from broker.credentials.jose import b64url
+from broker.decision.decide import Grant
+from broker.errors import BrokerError, Invalid, Reason, Refused
+from broker.exchange import Caller, Exchange, Presented
+from broker.in_time import InTime
+from broker.intents import intent_of, process_reference
+from broker.ledger.operations import CredentialRow
+from broker.ledger.records import Intent, Outcome
+from broker.ledger.spending import Spent
+from broker.provenance import decide_by_provenance
+
+_T_co = TypeVar("_T_co", covariant=True)
+_NO_LONGER_KNOWN: Final = {Reason.NOT_ATTESTED, Reason.UNAUTHENTICATED, Reason.EXPIRED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spending:
+    """A grant as it is presented to be spent. provenance: what it was given on, shown again."""
+
+    grant: str = field(repr=False)
+    idempotency_id: str
+    provenance: Sequence[bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What the second look found: leave for one act. request_id: of the request that gave the grant."""
+
+    grant: Grant
+    claims: VerifiedClaims
+    signing: SigningRequest
+    caller: Caller
+    now: datetime
+    expires_at: datetime
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """An act that is fixed and not done.
+
+    jti: its id. cnf: the key that will sign, or be certified. perform: does it; its answer is what the caller gets, and
+    the hex SHA-256 by which the ledger knows what came of it.
+    """
+
+    jti: str
+    credential: str
+    cnf: Mapping[str, str]
+    key_id: str
+    perform: Callable[[], Awaitable[tuple[bytes, str]]] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presenter:
+    """Who shows a grant, by kernel or handshake alone.
+
+    named: the SPIFFE ID that it asks as, "" for none. process: behind the Unix socket. leaf: DER, of mutual TLS.
+    """
+
+    named: str = ""
+    process: Process | None = None
+    leaf: bytes | None = field(default=None, repr=False)
+
+    def holds(self, claims: VerifiedClaims, intent: Intent) -> bool:
+        """Whether it is the process, or has the certificate's key, that the grant was given to.
+
+        A grant that is bound to a DPoP key (`jkt`) is nobody's here unless it was a process's: no proof was looked at.
+        """
+        if self.named not in {"", claims.sub}:  # it was refused under another name, which says nothing of this one
+            return False
+        if self.process is not None and intent.process is not None:
+            then = intent.process
+            return (self.process.pid, self.process.start_time) == (then.pid, then.start_time)
+        return self.leaf is not None and claims.cnf.x5t_s256 == b64url(hashlib.sha256(self.leaf).digest())
+
+
+class Act(Protocol[_T_co]):
+    """One thing to do with a grant."""
+
+    @property
+    def content(self) -> bytes:
+        """What is asked, beside the grant: the same idempotency id with other content is refused."""
+
+    async def check(self, signing: SigningRequest) -> None:
+        """Raises: BrokerError where it is not what was granted, or cannot be looked at; the grant stays as it is."""
+
+    def prepare(self, decided: Decided) -> Prepared:
+        """Fixes everything before the grant is spent. Uses no key. Raises: BrokerError."""
+
+    def answer(self, made: bytes, signing: SigningRequest) -> _T_co:
+        """What the caller gets. made: what `Prepared.perform` gave for this content and request, now or before."""
+
+
+class Redemption:
+    """Spends signing grants. One for each broker process; close it to wait for what is under way."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._running: dict[str, asyncio.Task[bytes]] = {}
+
+    async def close(self) -> None:
+        """Waits for what is under way: each has a bound of its own."""
+        if self._running:
+            await asyncio.wait(list(self._running.values()))
+
+    async def forsake(
+        self, presenter: Presenter, grant: str, refusal: Refused, now: datetime, correlation_id: str
+    ) -> None:
+        """Spends a grant whose own caller is refused before it is known as such: its entry or its SVID is gone.
+
+        Only what the kernel or the handshake says of the presenter counts: nobody can burn another's grant. So a grant
+        that is bound to a DPoP key over mutual TLS stays as it is, since that key is proven by who is known. Its caller
+        is refused all the same, and it ends by itself.
+
+        Raises: Unavailable when that cannot be recorded in time.
+        """
+        if refusal.reason not in _NO_LONGER_KNOWN:
+            return
+        exchange = self._exchange
+        try:
+            claims = signing_grant.verify(grant, issuer=exchange.issuer, key_for=exchange.keyring.public, now=now)
+            async with InTime(Reason.LEDGER_UNAVAILABLE):
+                row = await exchange.ledger.credential(claims.jti)
+                if row is None or not presenter.holds(claims, row.intent):
+                    return
+                await exchange.ledger.spend(
+                    claims.jti,
+                    correlation_id,  # nobody asks again for what a refusal gave
+                    claims.sub,
+                    b"",
+                    intent=None,
+                    now=now,
+                    correlation_id=correlation_id,
+                )
+        except Refused:  # no grant, or spent already
+            return
+
+    async def redeem(
+        self, caller: Caller, spending: Spending, act: Act[_T_co], now: datetime, correlation_id: str, stage: str
+    ) -> _T_co:
+        """The act's answer: of this call, or of the one before that had the same id. Raises: BrokerError."""
+        action = None
+        try:
+            check_random_id(spending.idempotency_id, "an idempotency id")
+            claims, action = self._verify(caller, spending.grant, now)
+            signing = signing_request(action, issuer=self._exchange.issuer)
+            async with InTime(Reason.SIGNER_UNAVAILABLE) as bound:
+                await act.check(signing)
+                content = hashlib.sha256(b"\n".join((stage.encode(), spending.grant.encode(), act.content))).digest()
+                bound.reason = Reason.LEDGER_UNAVAILABLE
+                row, made = await self._found(caller, claims, spending, content, now)
+                if made is not None:
+                    return act.answer(made, signing)
+                bound.reason = Reason.ATTESTATION_UNAVAILABLE
+                grant = await self._decide_again(caller, claims, row, spending, content, now, correlation_id)
+                bound.reason = Reason.SIGNER_UNAVAILABLE
+                expires_at = min(grant.expires_at, claims.expires_at)
+                decided = Decided(
+                    grant=grant,
+                    claims=claims,
+                    signing=signing,
+                    caller=caller,
+                    now=now,
+                    expires_at=expires_at,
+                    request_id=row.intent.request_id,
+                )
+                prepared = act.prepare(decided)
+                if claims.jti in self._running:  # a moment earlier, on another connection
+                    _, made = await self._found(caller, claims, spending, content, now)
+                    if made is not None:
+                        return act.answer(made, signing)
+                made = await self._carry_out(decided, spending, prepared, content, correlation_id)
+                return act.answer(made, signing)
+        except BrokerError as error:
+            self._exchange.refused(caller.identity, action, error, now, correlation_id, stage)
+            raise
+
+    def _verify(self, caller: Caller, grant: str, now: datetime) -> tuple[VerifiedClaims, Action]:
+        """A grant of ours, in the hands of the very caller that it was given to, and its action. Raises: Refused."""
+        exchange = self._exchange
+        claims = signing_grant.verify(grant, issuer=exchange.issuer, key_for=exchange.keyring.public, now=now)
+        if claims.sub != str(caller.identity.principal) or claims.cnf != caller.confirmation:
+            raise Refused(Reason.KEY_MISMATCH, "the grant was given to another identity or key")
+        action = claims.action()
+        if action.digest.hex() != claims.action_digest:
+            raise Refused(Reason.UNAUTHENTICATED, "the grant contradicts itself")
+        return claims, action
+
+    async def _found(
+        self, caller: Caller, claims: VerifiedClaims, spending: Spending, content: bytes, now: datetime
+    ) -> tuple[CredentialRow, bytes | None]:
+        """What the ledger knows of the grant, and the answer where it was spent on this very request before."""
+        running = self._running.get(claims.jti)
+        if running is not None:
+            await asyncio.wait((running,))  # then its answer is stored, or there is none
+        ledger = self._exchange.ledger
+        row = await ledger.credential(claims.jti)
+        if row is None:
+            raise Refused(Reason.REVOKED, "the ledger does not know the grant in this epoch")
+        if row.redeemed_at is None:
+            return row, None
+        by = str(caller.identity.principal)
+        answer = await ledger.find_answer(claims.jti, spending.idempotency_id, by, content, now)
+        if answer is None:
+            raise Refused(Reason.ALREADY_USED, "the grant was spent, and nothing came of it: ask for a new one")
+        return row, answer
+
+    async def _decide_again(
+        self,
+        caller: Caller,
+        claims: VerifiedClaims,
+        row: CredentialRow,
+        spending: Spending,
+        content: bytes,
+        now: datetime,
+        correlation_id: str,
+    ) -> Grant:
+        """The same decision on fresh facts. Raises: BrokerError; a refusal has spent the grant by then."""
+        try:
+            _require_same_process(caller, row)
+            presented = Presented(request_id=row.intent.request_id, credential=claims.jti)
+            return await decide_by_provenance(
+                self._exchange,
+                caller.identity,
+                claims.action(),
+                spending.provenance,
+                presented,
+                now,
+                require=lambda grant: _require_same_facts(grant, claims),
+            )
+        except Invalid:
+            raise  # nothing was looked at, so nothing is spent
+        except Refused:
+            await self._spend(caller, claims, spending, content, None, now, correlation_id)
+            raise
+
+    async def _spend(
+        self,
+        caller: Caller,
+        claims: VerifiedClaims,
+        spending: Spending,
+        content: bytes,
+        intent: Intent | None,
+        now: datetime,
+        correlation_id: str,
+    ) -> Spent:
+        """See Ledger.spend."""
+        by = str(caller.identity.principal)
+        return await self._exchange.ledger.spend(
+            claims.jti, spending.idempotency_id, by, content, intent=intent, now=now, correlation_id=correlation_id
+        )
+
+    async def _carry_out(
+        self, decided: Decided, spending: Spending, prepared: Prepared, content: bytes, correlation_id: str
+    ) -> bytes:
+        """Spends the grant and acts, to the end, whether or not the caller waits: then it can ask again."""
+        decided.grant.spend()
+        intent = intent_of(
+            decided.caller.identity,
+            decided.grant,
+            decided.now,
+            correlation_id,
+            jti=prepared.jti,
+            cnf=prepared.cnf,
+            use="once",
+            expires_at=decided.expires_at,
+            key_id=prepared.key_id,
+            credential=prepared.credential,
+            epoch=self._exchange.ledger.epoch,
+            request_id=decided.request_id,
+            parent=decided.claims.jti,
+            signing=decided.signing,
+        )
+        task = asyncio.ensure_future(self._act(decided, spending, prepared, content, intent))
+        jti = decided.claims.jti
+        self._running[jti] = task
+        task.add_done_callback(lambda done: self._ended(jti, done))
+        return await asyncio.shield(task)
+
+    def _ended(self, jti: str, done: "asyncio.Task[bytes]") -> None:
+        if self._running.get(jti) is done:
+            del self._running[jti]
+        if not done.cancelled():
+            done.exception()  # seen: where the caller went away, nobody else asks for it
+
+    async def _spend_on(self, intent: Intent, decided: Decided, spending: Spending, content: bytes) -> Spent:
+        """Where nobody waits for it any more, and the grant is spent all the same, the ledger says that it failed."""
+        now, correlation_id = decided.now, intent.correlation_id
+        spend = asyncio.ensure_future(
+            self._spend(decided.caller, decided.claims, spending, content, intent, now, correlation_id)
+        )
+
+        def abandon(done: asyncio.Future[Spent]) -> None:
+            if not done.cancelled() and done.exception() is None and (seq := done.result().intent_seq) is not None:
+                failed = Outcome(at=now, correlation_id=correlation_id, intent=seq, result="failed")
+                self._exchange.ledger.append_later(failed)
+
+        try:
+            return await asyncio.shield(spend)
+        except asyncio.CancelledError:
+            spend.add_done_callback(abandon)
+            raise
+
+    async def _act(
+        self, decided: Decided, spending: Spending, prepared: Prepared, content: bytes, intent: Intent
+    ) -> bytes:
+        ledger, claims, caller = self._exchange.ledger, decided.claims, decided.caller
+        now, correlation_id = decided.now, intent.correlation_id
+        async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
+            try:
+                spent = await self._spend_on(intent, decided, spending, content)
+            except Refused as error:
+                if error.reason is Reason.APPROVAL_REQUIRED:  # withdrawn since the second look, which refuses the same
+                    await self._spend(caller, claims, spending, content, None, now, correlation_id)
+                raise
+            if spent.intent_seq is None:  # the same request, a moment earlier, at another replica
+                if spent.answer is None:
+                    raise Refused(Reason.ALREADY_USED, "the grant is being spent by the same request: ask again")
+                return spent.answer
+            bound.reason = Reason.SIGNER_UNAVAILABLE
+            try:
+                answer, fingerprint = await prepared.perform()
+            except BaseException:
+                failed = Outcome(at=now, correlation_id=correlation_id, intent=spent.intent_seq, result="failed")
+                ledger.append_later(failed)
+                raise
+            bound.reason = Reason.LEDGER_UNAVAILABLE
+            issued = Outcome(
+                at=now,
+                correlation_id=correlation_id,
+                intent=spent.intent_seq,
+                result="issued",
+                credential_sha256=fingerprint,
+            )
+            # Where this fails, or is waited for no longer, it may become durable all the same, and is the outcome then.
+            # If it does not, there is none, and it becomes "unknown".
+            await ledger.store_answer(claims.jti, answer, issued)
+        return answer
+
+
+def _require_same_process(caller: Caller, row: CredentialRow) -> None:
+    """Raises: Refused unless it is the very process that got the grant, or now as then no process of this node."""
+    if process_reference(caller.identity.process) != row.intent.process:
+        raise Refused(Reason.NOT_ATTESTED, "another process asks than the one that got the grant")
+
+
+def _require_same_facts(grant: Grant, claims: VerifiedClaims) -> None:
+    """Raises: Refused unless environment and provenance are what the grant was given on."""
+    if f"sha256:{grant.environment_digest.hex()}" != claims.attestation.environment:
+        raise Refused(Reason.EVIDENCE_MISMATCH, "the caller's environment is another than at the grant")
+    provenance = None if grant.provenance_digest is None else f"sha256:{grant.provenance_digest.hex()}"
+    if provenance != claims.attestation.provenance:
+        raise Refused(Reason.EVIDENCE_MISMATCH, "other provenance is shown than at the grant")
