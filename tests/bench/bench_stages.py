@@ -8,66 +8,24 @@ Told beside it: the same request over mutual TLS, where client and server compet
 """
 
 import asyncio
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import uvloop
+from support.measured import MeasuredServer
 
 from broker._proto.actionbroker.v1 import action_pb2, broker_pb2, broker_pb2_grpc
 
-ROOT = Path(__file__).resolve().parent.parent
 CONCURRENT = 32
 SIZES = {"small": (200, 3), "full": (2000, 9)}  # calls in a run, pairs of runs
 
 Call = Callable[[], Awaitable[Any]]
 
 
-class _Server:
-    """The measured process; ended by its own handle."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "support.stages_server", folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT.parent}"},
-        )
-        self.port = self._read()["port"]
-
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the measured server ended")
-        return json.loads(line)
-
-    def cpu(self) -> float:
-        return self._ask("")
-
-    def stages(self, requests: int) -> float:
-        """CPU seconds of one request's stages."""
-        return self._ask(str(requests)) / requests
-
-    def _ask(self, line: str) -> float:
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return self._read()["cpu"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(20)
-        self.process.stdout.close()
-
-
-async def _run(server: _Server, call: Call, calls: int) -> float:
+async def _run(server: MeasuredServer, call: Call, calls: int) -> float:
     """Server CPU seconds of one call."""
     left = iter(range(calls))
 
@@ -80,14 +38,9 @@ async def _run(server: _Server, call: Call, calls: int) -> float:
     return (server.cpu() - before) / calls
 
 
-async def _measure(server: _Server, size: str) -> list[dict[str, Any]]:
+async def _measure(server: MeasuredServer, size: str) -> list[dict[str, Any]]:
     calls, pairs = SIZES[size]
-    folder = server.folder
-    credentials = grpc.ssl_channel_credentials(
-        *((folder / name).read_bytes() for name in ("root.pem", "client.key", "client.pem"))
-    )
-    options = [("grpc.ssl_target_name_override", "broker.acme.test")]
-    async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials, options) as channel:
+    async with server.channel() as channel:
         stub = broker_pb2_grpc.ActionBrokerStub(channel)
         request = broker_pb2.RequestActionTokenRequest(
             action=action_pb2.Action(
@@ -108,9 +61,9 @@ async def _measure(server: _Server, size: str) -> list[dict[str, Any]]:
 
         for call in (empty, token):  # warm up
             await _run(server, call, calls // 4)
-        server.stages(calls // 4)
+        server.ask(str(calls // 4))
         costs = [
-            (await _run(server, empty, calls), server.stages(calls), await _run(server, token, calls))
+            (await _run(server, empty, calls), server.ask(str(calls))["cpu"] / calls, await _run(server, token, calls))
             for _ in range(pairs)
         ]
     without, alone, whole = (statistics.median(column) for column in zip(*costs, strict=True))
@@ -126,10 +79,9 @@ async def _measure(server: _Server, size: str) -> list[dict[str, Any]]:
 
 def measure(size: str) -> list[dict[str, Any]]:
     """size: "small" for a run that only shows it works, "full" for figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        server = _Server(Path(folder))
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_measure(server, size))
-        finally:
-            server.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        MeasuredServer("support.stages_server", Path(folder)) as server,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(_measure(server, size))
