@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from broker.edges.grpc_peer import Context
-from broker.errors import BrokerError, Reason, Refused
+from broker.errors import BrokerError, Invalid, Reason, Refused
 
 PATIENCE_S: Final = 10.0  # for a call's message, and for a stream's first message of a caller that is then known
 MAX_UNKNOWN_STREAMS: Final = 256
@@ -188,11 +188,11 @@ class PromptCalls(grpc.GenericRpcHandler):
         except TimeoutError:
             await self._abort(context, Refused(Reason.QUOTA, "a call without its message"))
         except DecodeError:  # said here, or else gRPC logs each with a traceback: strangers must not fill the disk
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be read")
+            await self._abort(context, Invalid("the message cannot be read"))
         finally:
             self._waiting.leave(place)
-        if message is grpc.aio.EOF:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a call without its message")
+        if message is grpc.aio.EOF:  # also for one that is too large, which gRPC ends by itself as RESOURCE_EXHAUSTED
+            await self._abort(context, Invalid("a call without its message, or with one that is too large"))
         return message
 
 
@@ -267,6 +267,6 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # it
         except TimeoutError:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "ask again on a new call")
         except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message cannot be read")
+            await self._abort(context, Invalid("the message cannot be read"))
         finally:
             self._places.give_back()

@@ -25,6 +25,7 @@ from support.signing_calls import (
 from support.whole_broker import Wire
 
 from broker.errors import BrokerError, Invalid, Reason
+from broker.ledger.records import CountedRefusals
 
 OTHER = b"another artifact\n"
 MEBIBYTE = 1024 * 1024
@@ -183,8 +184,14 @@ async def test_a_predicate_of_100_mebibytes_is_cut_off_unread(broker: SigningBro
         with nothing_signed(broker.whole):
             said = await ask_grant(wire, broker.nightly(), [broker.builder.envelope().ljust(size)])
         assert (said.code, said.reason, said.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "", None)
+    with signing_broker() as other:  # counted, as what strangers send is: nobody was known yet
+        async with other.whole.wire() as there:
+            await ask_grant(there, other.nightly(), [other.builder.envelope().ljust(MEBIBYTE)])
+        other.whole.broker.stop()
+        counted = [one.counts for one in other.whole.records() if isinstance(one, CountedRefusals)]
+        assert sum(one.get(Reason.MALFORMED, 0) for one in counted) == 1
     async with broker.client() as client:
-        with pytest.raises(Invalid, match="too large"):
+        with pytest.raises(Invalid, match="larger than"):
             await client.signing.grant(broker.nightly(), [broker.builder.envelope().ljust(MEBIBYTE)])
 
 
