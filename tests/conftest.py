@@ -1,12 +1,18 @@
 """What all tests share: which of them run here, and that none leaves the network or another test's settings behind."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from tools import parts
 
 HERE = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    """What a test interrupts must hear of it: a shell's background job ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
