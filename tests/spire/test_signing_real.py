@@ -21,6 +21,7 @@ from support.signing_parts import public_key
 from support.signing_spire import AGENT, ALICE, BOB, UIDS, AgentProcess, SpireSigning, action, digest_of, signing_on
 from support.sigstore_tools import timestamp_authority
 from support.softhsm import SoftHsm
+from support.spire import Spire
 from support.verifiers import Verifiers
 
 from broker.action import Action
@@ -98,9 +99,20 @@ class People:
         assert self.signatures(grant_id) == []
 
 
+@pytest.fixture(scope="module")
+def entries(spire: Spire) -> Iterator[dict[str, str]]:
+    """Of all who take part, by SPIFFE ID, for all tests alike.
+
+    Where each test had entries of its own, SPIRE's agent would still know the last one's, and then for a moment none.
+    """
+    made = {who: spire.create_entry(who.removeprefix("spiffe://acme.test/"), uid=uid) for who, uid in UIDS.items()}
+    yield made
+    for entry_id in made.values():
+        spire.delete_entry(entry_id)
+
+
 @asynccontextmanager
-async def _people(broker: SpireSigning, new_entry: Any) -> AsyncIterator[People]:
-    entries = {who: new_entry(who.removeprefix("spiffe://acme.test/"), uid=uid) for who, uid in UIDS.items()}
+async def _people(broker: SpireSigning, entries: dict[str, str]) -> AsyncIterator[People]:
     async with AsyncExitStack() as stack:
         agent = stack.enter_context(broker.agent())
         approvers = {who: stack.enter_context(broker.approver(who)) for who in (ALICE, BOB)}
@@ -124,8 +136,8 @@ async def _attested(approver: Child) -> None:
 
 
 @pytest.fixture
-async def people(broker, new_entry) -> AsyncIterator[People]:
-    async with _people(broker, new_entry) as found:
+async def people(broker, entries) -> AsyncIterator[People]:
+    async with _people(broker, entries) as found:
         yield found
 
 
@@ -191,13 +203,13 @@ async def test_the_key_in_the_token_signs_in_the_same_broker(people, verifiers, 
     assert [one.key_id for one in people.signatures(grant_id)] == ["key:release"]
 
 
-async def test_an_entry_that_is_deleted_at_the_server_after_the_grant_ends_it(people, spire, new_entry):
+async def test_an_entry_that_is_deleted_at_the_server_after_the_grant_ends_it(people, spire):
     grant_id = await people.granted(action())
     spire.delete_entry(people.entries[AGENT])
     await people.asks_until(Reason.NOT_ATTESTED)
     people.refused(grant_id, await people.agent.sign(), Reason.NOT_ATTESTED)
 
-    new_entry("build/agent", uid=UIDS[AGENT])
+    people.entries[AGENT] = spire.create_entry("build/agent", uid=UIDS[AGENT])
     await people.asks_until(Reason.APPROVAL_REQUIRED)
     assert (await people.agent.sign())["reason"] == Reason.ALREADY_USED, "it does not come back"
     await people.granted(action())
