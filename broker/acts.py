@@ -59,28 +59,28 @@ class Signed(Made, frozen=True, kw_only=True):
 class Means:
     """What this broker signs with.
 
-    authority: gives what certifies now; None without a CA. keys: those that never leave their place, by name; a bare
-    signer is taken as `NamedKey.of` has it. timestamps: None where bundles end with their certificate. node: this
-    machine's name, for certificates. reading: where the statements are read that are to be signed.
+    authority: gives what certifies now; None without a CA. keys: those that never leave their place, by name.
+    timestamps: None where bundles end with their certificate. node: this machine's name, for certificates.
+    reading: where the statements are read that are to be signed.
 
     Raises: ValueError where one key is to sign both artifacts and statements.
     """
 
     issuer: str
     authority: Callable[[], Authority] | None = None
-    keys: Mapping[str, Signer | NamedKey] = field(default_factory=dict)
+    keys: Mapping[str, NamedKey] = field(default_factory=dict)
     timestamps: TimestampAuthority | None = None
     certificate_ttl: timedelta = DEFAULT_LIFETIME
     node: str = ""
     reading: InThreads = field(default_factory=lambda: InThreads(at_once=_READ_AT_ONCE, waiting=_WAIT_TO_BE_READ))
 
     def __post_init__(self) -> None:
-        require_one_kind(map(NamedKey.of, self.keys.values()))
+        require_one_kind(self.keys.values())
 
     def key(self, name: str) -> NamedKey:
         """Raises: Unavailable where there is none of this name."""
         try:
-            return NamedKey.of(self.keys[name])
+            return self.keys[name]
         except KeyError:
             raise Unavailable(Reason.SIGNER_UNAVAILABLE, f"no key {name} is configured: see [signing.keys]") from None
 
@@ -216,6 +216,7 @@ class Certificate:
 
     def __init__(self, means: Means, csr: bytes, nonce: str) -> None:
         self._means, self._csr, self._nonce = means, csr, nonce
+        self._key: PublicKey | None = None
 
     @property
     def content(self) -> bytes:
@@ -226,13 +227,14 @@ class Certificate:
         """Raises: Refused or Invalid where it is not what was granted, or where the key is not the asker's."""
         if signing.signer != AGENT_KEY:
             raise Refused(Reason.OUT_OF_SCOPE, "the grant is for a signature: use Sign")
-        verified_key(self._csr, self._nonce)
+        self._key = verified_key(self._csr, self._nonce)
 
     def prepare(self, decided: Decided) -> Prepared:
-        """A linted certificate for the key in the request."""
+        """A linted certificate for the key in the request. `check` came first, and found whose it is."""
+        if self._key is None:
+            raise RuntimeError("check() before prepare()")
         authority = self._means.ca()
-        key = verified_key(self._csr, self._nonce)
-        content, linted = _linted(self._means, decided, key, authority)
+        content, linted = _linted(self._means, decided, self._key, authority)
 
         async def perform() -> tuple[bytes, str]:
             leaf = await authority.issue(linted)

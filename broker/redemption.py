@@ -94,6 +94,19 @@ class Presenter:
         return self.leaf is not None and claims.cnf.x5t_s256 == b64url(hashlib.sha256(self.leaf).digest())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """One presentation of a grant, once grant and caller fit. content: SHA-256 of what is asked with it."""
+
+    caller: Caller
+    spending: Spending
+    claims: VerifiedClaims
+    action: Action
+    content: bytes
+    now: datetime
+    correlation_id: str
+
+
 class Act(Protocol[_T_co]):
     """One thing to do with a grant."""
 
@@ -167,30 +180,37 @@ class Redemption:
             async with InTime(Reason.SIGNER_UNAVAILABLE) as bound:
                 await act.check(signing)
                 content = hashlib.sha256(b"\n".join((stage.encode(), spending.grant.encode(), act.content))).digest()
+                asking = _Asking(
+                    caller=caller,
+                    spending=spending,
+                    claims=claims,
+                    action=action,
+                    content=content,
+                    now=now,
+                    correlation_id=correlation_id,
+                )
                 bound.reason = Reason.LEDGER_UNAVAILABLE
-                row, made = await self._found(caller, claims, spending, content, now)
+                row, made = await self._found(asking)
                 if made is not None:
                     return act.answer(made, signing)
                 bound.reason = Reason.ATTESTATION_UNAVAILABLE
-                grant = await self._decide_again(caller, claims, row, spending, content, now, correlation_id)
+                grant = await self._decide_again(asking, row)
                 bound.reason = Reason.SIGNER_UNAVAILABLE
-                expires_at = min(grant.expires_at, claims.expires_at)
                 decided = Decided(
                     grant=grant,
                     claims=claims,
                     signing=signing,
                     caller=caller,
                     now=now,
-                    expires_at=expires_at,
+                    expires_at=min(grant.expires_at, claims.expires_at),
                     request_id=row.intent.request_id,
                 )
                 prepared = act.prepare(decided)
                 if claims.jti in self._running:  # a moment earlier, on another connection
-                    _, made = await self._found(caller, claims, spending, content, now)
+                    _, made = await self._found(asking)
                     if made is not None:
                         return act.answer(made, signing)
-                made = await self._carry_out(decided, spending, prepared, content, correlation_id)
-                return act.answer(made, signing)
+                return act.answer(await self._carry_out(asking, decided, prepared), signing)
         except BrokerError as error:
             self._exchange.refused(caller.identity, action, error, now, correlation_id, stage)
             raise
@@ -206,80 +226,64 @@ class Redemption:
             raise Refused(Reason.UNAUTHENTICATED, "the grant contradicts itself")
         return claims, action
 
-    async def _found(
-        self, caller: Caller, claims: VerifiedClaims, spending: Spending, content: bytes, now: datetime
-    ) -> tuple[CredentialRow, bytes | None]:
+    async def _found(self, asking: _Asking) -> tuple[CredentialRow, bytes | None]:
         """What the ledger knows of the grant, and the answer where it was spent on this very request before."""
-        running = self._running.get(claims.jti)
+        jti, ledger = asking.claims.jti, self._exchange.ledger
+        running = self._running.get(jti)
         if running is not None:
             await asyncio.wait((running,))  # then its answer is stored, or there is none
-        ledger = self._exchange.ledger
-        row = await ledger.credential(claims.jti)
+        row = await ledger.credential(jti)
         if row is None:
             raise Refused(Reason.REVOKED, "the ledger does not know the grant in this epoch")
         if row.redeemed_at is None:
             return row, None
-        by = str(caller.identity.principal)
-        answer = await ledger.find_answer(claims.jti, spending.idempotency_id, by, content, now)
+        by = str(asking.caller.identity.principal)
+        answer = await ledger.find_answer(jti, asking.spending.idempotency_id, by, asking.content, asking.now)
         if answer is None:
             raise Refused(Reason.ALREADY_USED, "the grant was spent, and nothing came of it: ask for a new one")
         return row, answer
 
-    async def _decide_again(
-        self,
-        caller: Caller,
-        claims: VerifiedClaims,
-        row: CredentialRow,
-        spending: Spending,
-        content: bytes,
-        now: datetime,
-        correlation_id: str,
-    ) -> Grant:
+    async def _decide_again(self, asking: _Asking, row: CredentialRow) -> Grant:
         """The same decision on fresh facts. Raises: BrokerError; a refusal has spent the grant by then."""
         try:
-            _require_same_process(caller, row)
-            presented = Presented(request_id=row.intent.request_id, credential=claims.jti)
+            _require_same_process(asking.caller, row)
+            presented = Presented(request_id=row.intent.request_id, credential=asking.claims.jti)
             return await decide_by_provenance(
                 self._exchange,
-                caller.identity,
-                claims.action(),
-                spending.provenance,
+                asking.caller.identity,
+                asking.action,
+                asking.spending.provenance,
                 presented,
-                now,
-                require=lambda grant: _require_same_facts(grant, claims),
+                asking.now,
+                require=lambda grant: _require_same_facts(grant, asking.claims),
             )
         except Invalid:
             raise  # nothing was looked at, so nothing is spent
         except Refused:
-            await self._spend(caller, claims, spending, content, None, now, correlation_id)
+            await self._spend(asking, None)
             raise
 
-    async def _spend(
-        self,
-        caller: Caller,
-        claims: VerifiedClaims,
-        spending: Spending,
-        content: bytes,
-        intent: Intent | None,
-        now: datetime,
-        correlation_id: str,
-    ) -> Spent:
+    async def _spend(self, asking: _Asking, intent: Intent | None) -> Spent:
         """See Ledger.spend."""
-        by = str(caller.identity.principal)
         return await self._exchange.ledger.spend(
-            claims.jti, spending.idempotency_id, by, content, intent=intent, now=now, correlation_id=correlation_id
+            asking.claims.jti,
+            asking.spending.idempotency_id,
+            str(asking.caller.identity.principal),
+            asking.content,
+            intent=intent,
+            now=asking.now,
+            correlation_id=asking.correlation_id,
         )
 
-    async def _carry_out(
-        self, decided: Decided, spending: Spending, prepared: Prepared, content: bytes, correlation_id: str
-    ) -> bytes:
+    async def _carry_out(self, asking: _Asking, decided: Decided, prepared: Prepared) -> bytes:
         """Spends the grant and acts, to the end, whether or not the caller waits: then it can ask again."""
         decided.grant.spend()
+        jti = asking.claims.jti
         intent = intent_of(
-            decided.caller.identity,
+            asking.caller.identity,
             decided.grant,
-            decided.now,
-            correlation_id,
+            asking.now,
+            asking.correlation_id,
             jti=prepared.jti,
             cnf=prepared.cnf,
             use="once",
@@ -288,11 +292,10 @@ class Redemption:
             credential=prepared.credential,
             epoch=self._exchange.ledger.epoch,
             request_id=decided.request_id,
-            parent=decided.claims.jti,
+            parent=jti,
             signing=decided.signing,
         )
-        task = asyncio.ensure_future(self._act(decided, spending, prepared, content, intent))
-        jti = decided.claims.jti
+        task = asyncio.ensure_future(self._act(asking, prepared, intent))
         self._running[jti] = task
         task.add_done_callback(lambda done: self._ended(jti, done))
         return await asyncio.shield(task)
@@ -303,17 +306,13 @@ class Redemption:
         if not done.cancelled():
             done.exception()  # seen: where the caller went away, nobody else asks for it
 
-    async def _spend_on(self, intent: Intent, decided: Decided, spending: Spending, content: bytes) -> Spent:
+    async def _spend_on(self, asking: _Asking, intent: Intent) -> Spent:
         """Where nobody waits for it any more, and the grant is spent all the same, the ledger says that it failed."""
-        now, correlation_id = decided.now, intent.correlation_id
-        spend = asyncio.ensure_future(
-            self._spend(decided.caller, decided.claims, spending, content, intent, now, correlation_id)
-        )
+        spend = asyncio.ensure_future(self._spend(asking, intent))
 
         def abandon(done: asyncio.Future[Spent]) -> None:
             if not done.cancelled() and done.exception() is None and (seq := done.result().intent_seq) is not None:
-                failed = Outcome(at=now, correlation_id=correlation_id, intent=seq, result="failed")
-                self._exchange.ledger.append_later(failed)
+                self._exchange.ledger.append_later(_failed(asking, seq))
 
         try:
             return await asyncio.shield(spend)
@@ -321,17 +320,14 @@ class Redemption:
             spend.add_done_callback(abandon)
             raise
 
-    async def _act(
-        self, decided: Decided, spending: Spending, prepared: Prepared, content: bytes, intent: Intent
-    ) -> bytes:
-        ledger, claims, caller = self._exchange.ledger, decided.claims, decided.caller
-        now, correlation_id = decided.now, intent.correlation_id
+    async def _act(self, asking: _Asking, prepared: Prepared, intent: Intent) -> bytes:
+        ledger = self._exchange.ledger
         async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
             try:
-                spent = await self._spend_on(intent, decided, spending, content)
+                spent = await self._spend_on(asking, intent)
             except Refused as error:
                 if error.reason is Reason.APPROVAL_REQUIRED:  # withdrawn since the second look, which refuses the same
-                    await self._spend(caller, claims, spending, content, None, now, correlation_id)
+                    await self._spend(asking, None)
                 raise
             if spent.intent_seq is None:  # the same request, a moment earlier, at another replica
                 if spent.answer is None:
@@ -341,21 +337,24 @@ class Redemption:
             try:
                 answer, fingerprint = await prepared.perform()
             except BaseException:
-                failed = Outcome(at=now, correlation_id=correlation_id, intent=spent.intent_seq, result="failed")
-                ledger.append_later(failed)
+                ledger.append_later(_failed(asking, spent.intent_seq))
                 raise
             bound.reason = Reason.LEDGER_UNAVAILABLE
             issued = Outcome(
-                at=now,
-                correlation_id=correlation_id,
+                at=asking.now,
+                correlation_id=asking.correlation_id,
                 intent=spent.intent_seq,
                 result="issued",
                 credential_sha256=fingerprint,
             )
             # Where this fails, or is waited for no longer, it may become durable all the same, and is the outcome then.
             # If it does not, there is none, and it becomes "unknown".
-            await ledger.store_answer(claims.jti, answer, issued)
+            await ledger.store_answer(asking.claims.jti, answer, issued)
         return answer
+
+
+def _failed(asking: _Asking, intent: int) -> Outcome:
+    return Outcome(at=asking.now, correlation_id=asking.correlation_id, intent=intent, result="failed")
 
 
 def _require_same_process(caller: Caller, row: CredentialRow) -> None:

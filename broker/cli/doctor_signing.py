@@ -122,7 +122,7 @@ def _keys(table: SigningTable, stack: contextlib.ExitStack) -> Iterator[Finding]
                 signer = tokens[str(key.token)].signer(str(key.label), name)
             else:
                 continue
-            named.append(NamedKey.of(signer) if key.signs is None else NamedKey(signer=signer, signs=key.signs))
+            named.append(NamedKey.of(signer, key.signs))
             require_one_kind(named)
             yield from _named(what, signer)
         except ValueError as error:

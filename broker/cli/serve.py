@@ -73,10 +73,10 @@ class Broker:
         readiness: Readiness,
         signing: Signing,
         approvals: Approvals,
+        watches: Watches,
     ) -> None:
         self.config, self.exchange, self.metrics, self.readiness = config, exchange, metrics, readiness
-        self.signing, self.approvals = signing, approvals
-        self.watches = Watches()
+        self.signing, self.approvals, self.watches = signing, approvals, watches
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self.operations_port: int | None = None
@@ -136,8 +136,7 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
         stack.push_async_callback(signing.close)
         metrics = Metrics()
         readiness = Readiness(exchange=exchange, trust_domain=config.trust_domain)
-        broker = Broker(config, exchange, metrics, readiness, signing, approvals)
-        broker.watches = watches
+        broker = Broker(config, exchange, metrics, readiness, signing, approvals, watches)
         tls = ServerTls(workload_api.snapshot())
         workload_api.subscribe(tls.offer)
         grpc_server = await _start_grpc(stack, broker, tls, clock)

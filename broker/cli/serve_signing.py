@@ -189,7 +189,7 @@ def _key(name: str, table: SigningTable, tokens: dict[str, Token]) -> NamedKey:
         signer = FileSigner.load(key.file, name)
     else:
         signer = tokens[str(key.token)].signer(str(key.label), name)
-    return NamedKey.of(signer) if key.signs is None else NamedKey(signer=signer, signs=key.signs)
+    return NamedKey.of(signer, key.signs)
 
 
 def open_approvals(config: Config, exchange: Exchange) -> Approvals:

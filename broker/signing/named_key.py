@@ -32,11 +32,10 @@ class NamedKey:
             raise ValueError('an Ed25519 key takes messages, not digests: set signs = "statements"')
 
     @classmethod
-    def of(cls, found: "Signer | NamedKey") -> "NamedKey":
-        """A bare signer signs artifacts; Ed25519, which cannot, statements."""
-        if isinstance(found, NamedKey):
-            return found
-        return cls(signer=found, signs=Signs.STATEMENTS if found.algorithm.hash_name is None else Signs.ARTIFACTS)
+    def of(cls, signer: Signer, signs: Signs | None = None) -> "NamedKey":
+        """signs: None for artifacts; for Ed25519, which cannot sign those, statements."""
+        usual = Signs.STATEMENTS if signer.algorithm.hash_name is None else Signs.ARTIFACTS
+        return cls(signer=signer, signs=signs or usual)
 
     def require(self, signing: SigningRequest) -> None:
         """Raises: Invalid where it can sign nothing of what is asked for."""

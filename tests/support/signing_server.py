@@ -26,6 +26,7 @@ from broker.ledger.store import Ledger
 from broker.signing.authority import Authority
 from broker.signing.ca_make import ISSUING_LIFETIME, ROOT_LIFETIME, make_issuing, make_root
 from broker.signing.file_key import FileSigner
+from broker.signing.named_key import NamedKey
 from broker.signing.pkcs11 import Token
 from broker.signing.profile import Issuing
 
@@ -111,7 +112,8 @@ async def main(folder: Path, *token: str) -> None:
         keys = {}
         if token:
             module, label, pin_file, key = token
-            keys[KEY] = stack.enter_context(Token(Path(module), label, Path(pin_file))).signer(key, KEY)
+            signer = stack.enter_context(Token(Path(module), label, Path(pin_file))).signer(key, KEY)
+            keys[KEY] = NamedKey.of(signer)
         ca = await authority()
         means = Means(issuer=ISSUER, authority=lambda: ca, keys=keys)
         async with measured(folder, AGENT, POLICIES, attestors=attestors, means=means):

@@ -24,6 +24,7 @@ from broker.errors import BrokerError, Invalid, Reason, Refused, Unavailable
 from broker.sign import Signing
 from broker.signing.authority import Authority
 from broker.signing.file_key import FileSigner
+from broker.signing.named_key import NamedKey
 from broker.signing.signer import Algorithm, PublicKey
 from broker.signing.timestamp import TimestampAuthority
 
@@ -249,7 +250,8 @@ def asked(signer: str = KEYLESS, *artifacts: dict[str, str]) -> SigningRequest:
 
 async def test_what_cannot_be_signed_as_asked_is_refused_before_anything_is_spent() -> None:
     p384 = FileSigner.from_key(ec.generate_private_key(ec.SECP384R1()), "p384")
-    means, brief = Means(issuer="https://broker.acme.test", keys={"p384": p384}), {"sha256": ARTIFACT["sha256"]}
+    means = Means(issuer="https://broker.acme.test", keys={"p384": NamedKey.of(p384)})
+    brief = {"sha256": ARTIFACT["sha256"]}
     wrong: list[tuple[SigningRequest, type[BrokerError]]] = [
         (asked(AGENT_KEY), Refused),
         (asked(KEYLESS, ARTIFACT, digests(b"another")), Invalid),
@@ -270,5 +272,5 @@ def test_no_grant_is_given_for_what_could_not_be_signed() -> None:
             means.require(asked(signer), NOW)
         assert error.value.reason is Reason.SIGNER_UNAVAILABLE
     release = FileSigner.from_key(ec.generate_private_key(ec.SECP256R1()), "release")
-    named = Means(issuer="https://broker.acme.test", keys={"release": release})
+    named = Means(issuer="https://broker.acme.test", keys={"release": NamedKey.of(release)})
     named.require(asked("key:release"), NOW)

@@ -41,7 +41,7 @@ from broker.signing.profile import Issuing
 P384 = ec.generate_private_key(ec.SECP384R1())
 P256 = ec.generate_private_key(ec.SECP256R1())
 KEYS = {
-    "p384": FileSigner.from_key(P384, "p384"),
+    "p384": NamedKey.of(FileSigner.from_key(P384, "p384")),
     "p256": NamedKey(signer=FileSigner.from_key(P256, "p256"), signs=Signs.STATEMENTS),
 }
 GOOD, EVIL = digests(CONTENT), digests(b"what nobody built")

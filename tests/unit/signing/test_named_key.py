@@ -35,8 +35,9 @@ def test_an_ed25519_key_signs_statements_or_is_not_taken() -> None:
 def test_a_signer_of_which_nothing_is_said_signs_artifacts_where_it_can() -> None:
     assert NamedKey.of(P384) == NamedKey(signer=P384, signs=Signs.ARTIFACTS)
     assert NamedKey.of(ED25519).signs is Signs.STATEMENTS
-    both = NamedKey(signer=P384, signs=Signs.STATEMENTS)
-    assert NamedKey.of(both) is both
+    assert NamedKey.of(P384, Signs.STATEMENTS).signs is Signs.STATEMENTS
+    with pytest.raises(ValueError, match='set signs = "statements"'):
+        NamedKey.of(ED25519, Signs.ARTIFACTS)
 
 
 def test_a_key_for_artifacts_needs_one_artifact_and_its_digest() -> None:
