@@ -23,7 +23,8 @@ $(STAMP): requirements-dev.txt pyproject.toml
 demo: $(STAMP) ## the main job in under a minute: an embedded trust domain, a broker, a caller, a guarded service
 	@$(BIN)/action-broker demo
 
-example: $(STAMP) ## a narrated scenario: make example NAME=...
+example: $(STAMP) ## a narrated scenario: make example NAME=..., or none for their names
+	@test -n "$(NAME)" || { echo "NAME is one of: $(subst _,-,$(sort $(patsubst tests/scenarios/test_%.py,%,$(wildcard tests/scenarios/test_*.py))))"; exit 2; }
 	@$(BIN)/python -m pytest -q -s "tests/scenarios/test_$(subst -,_,$(NAME)).py"
 
 test: $(STAMP) ## unit, integration, scenarios, vectors; parts that come as wheels or are on the machine

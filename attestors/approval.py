@@ -6,7 +6,7 @@ caller or the id and it is another request, to which nobody said yes.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Protocol
@@ -52,7 +52,7 @@ class ApprovalSource(Protocol):
         """
 
     def subscribe(self, changed: Callable[[str], None]) -> Callable[[], None]:
-        """Calls `changed` with the digest of each request whose approvals changed, in the event loop.
+        """Calls `changed` with the digest of each request to which one was given or withdrawn, in the event loop.
 
         Returns what ends it.
         """
@@ -83,7 +83,7 @@ class ApprovalAttestor:
         return _facts(digest, [one for one in seen if one.by != request.principal and one.expires_at > now], now)
 
     async def watch(self) -> AsyncIterator[FactKey]:
-        """Yields the key of each request whose approvals were given, withdrawn or used.
+        """Yields the key of each request whose approvals were given or withdrawn.
 
         That time passes is not told: facts say when they end. What changes twice before it is taken is told once.
         """
@@ -105,6 +105,10 @@ class ApprovalAttestor:
                     yield _key(digest)
         finally:
             end()
+
+    def blind(self) -> Mapping[str, float]:
+        """See attestors.contract.Attestor: what is recorded here is told here."""
+        return {}
 
 
 def _facts(digest: str, seen: Sequence[ApprovalSeen], now: datetime) -> Facts:

@@ -62,9 +62,11 @@ class AttestationRequest:
     principal: the SPIFFE ID, verified. process: None where the caller is not a process on this node.
     known: facts that identification already gathered for this very request, by attestor name.
     parameters: of the action, as the caller sent them. action_digest: SHA-256, 32 bytes; empty where nothing is asked
-    for yet. request_id: the caller's own id of this request, "" for none. evidence: what the caller presents, not
-    verified, by attestor name. credential: the id of the credential that is decided again, "" at its first decision;
-    what it has used up itself, such as an approval, counts as still there.
+    for yet. request_id: the caller's own id of this request, "" for none. ticket, session: names of a ticket and of a
+    session that the caller says it acts for, "" for none; whether they are its own is the attestor's to find out.
+    confirmation: thumbprint of the key that the caller proved (`jkt` or `x5t#S256`), "" where none was.
+    evidence: what the caller presents, not verified, by attestor name. credential: the id of the credential that is
+    decided again, "" at its first decision; what it has used up itself, such as an approval, counts as still there.
     """
 
     principal: str
@@ -73,6 +75,9 @@ class AttestationRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     action_digest: bytes = b""
     request_id: str = ""
+    ticket: str = ""
+    session: str = ""
+    confirmation: str = ""
     evidence: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     credential: str = ""
 
@@ -93,3 +98,9 @@ class Attestor(Protocol):
 
     def watch(self) -> AsyncIterator[FactKey]:
         """Yields the key of each fact that changed or may have changed since it was attested."""
+
+    def blind(self) -> Mapping[str, float]:
+        """What it may miss changes of: prefixes of fact keys, and since when, in the event loop's seconds.
+
+        Empty while it sees everything that it watches. Who depends on what is not seen is not this side's to say.
+        """

@@ -11,15 +11,12 @@ import asyncio
 import functools
 import hashlib
 import os
-import select
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from io import BufferedReader
-from pathlib import Path
 from typing import Protocol
 
 from attestors.contract import (
@@ -31,6 +28,7 @@ from attestors.contract import (
     JsonValue,
     Process,
 )
+from attestors.proc import cgroup, exe_path, exited, held, may_not_look, open_exe
 
 MAX_EXE = 256 * 1024**2  # bytes; hashing so much takes 0.15 s to 1 s, by processor
 _HASHES = 512  # executables whose hash is remembered
@@ -108,21 +106,21 @@ class ProcessAttestor:
         process = request.process
         if process is None:
             return None
-        with _held(process.pid) as pidfd:
+        with held(process.pid) as pidfd:
             self._check_same(process)
-            with _open_exe(process) as exe:
+            with open_exe(process) as exe:
                 values: dict[str, JsonValue] = {
                     "uid": process.uid,
                     "gid": process.gid,
-                    "exe": _exe_path(process.pid),
+                    "exe": exe_path(process.pid),
                     "exe_sha256": await self._sha256(exe, now),
-                    "cgroup": _cgroup(process.pid),
+                    "cgroup": cgroup(process.pid),
                 }
             self._check_same(process)  # it may have run exec meanwhile
-            if _exited(pidfd):
+            if exited(pidfd):
                 raise AttestationFailed(f"process {process.pid} has exited")
             key = FactKey(f"process:{process.pid}:{process.start_time}")
-            self._watch.follow(key, process, pidfd)
+            self._watch.follow(key, process, pidfd, _Where(str(values["exe"]), str(values["cgroup"])))
         return Facts(attestor=self.name, key=key, values=values, attested_at=now)
 
     async def close(self) -> None:
@@ -136,13 +134,34 @@ class ProcessAttestor:
         """
         return self._watch.changes()
 
+    def blind(self) -> Mapping[str, float]:
+        """See attestors.contract.Attestor: what of `/proc` cannot be read counts as changed."""
+        return {}
+
+    def follow(self, process: Process) -> None:
+        """Follows a process that a credential rests on, whether or not policies name its facts.
+
+        Raises: AttestationFailed where it is not that process any more; AttestationUnavailable, also while nobody
+        listens: then nobody would hear of its end.
+        """
+        key = FactKey(f"process:{process.pid}:{process.start_time}")
+        if not self._watch.is_listened_to:
+            raise AttestationUnavailable("processes are not watched now: nobody would hear of its end")
+        if self._watch.follows(key, process):
+            return
+        with held(process.pid) as pidfd:
+            self._check_same(process)
+            if exited(pidfd):
+                raise AttestationFailed(f"process {process.pid} has exited")
+            self._watch.follow(key, process, pidfd)
+
     def _check_same(self, expected: Process) -> None:
         try:
             found = self._read(expected.pid)
         except ProcessLookupError as error:
             raise AttestationFailed(f"process {expected.pid} is gone") from error
         except PermissionError as error:
-            raise _may_not_look(expected.pid) from error
+            raise may_not_look(expected.pid) from error
         changed = [one.name for one in fields(Process) if getattr(found, one.name) != getattr(expected, one.name)]
         if changed:
             raise AttestationFailed(f"process {expected.pid} changed since it was identified: {', '.join(changed)}")
@@ -184,13 +203,25 @@ class ProcessAttestor:
             done.exception()  # whoever waited has it; if nobody waits any more, nobody misses it
 
 
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What else was told of a process, and may become otherwise while it stays the same."""
+
+    exe: str
+    cgroup: str
+
+
 @dataclass(slots=True)
 class _Followed:
-    """pidfd: its own. until: of the event loop's clock."""
+    """pidfd: its own. until: of the event loop's clock. where: as attested last; None where nobody asked for it."""
 
     process: Process
     pidfd: int
     until: float
+    where: _Where | None = None
+
+
+_Seen = tuple[Process, _Where | None]
 
 
 class _Watch:
@@ -201,9 +232,10 @@ class _Watch:
         self._limit = limit
         self._followed: OrderedDict[FactKey, _Followed] = OrderedDict()
         self._changed: dict[FactKey, None] = {}  # in order, each once
+        self._let_go: dict[FactKey, None] = {}  # likewise
         self._told: asyncio.Event | None = None  # set while somebody listens
 
-    def follow(self, key: FactKey, process: Process, pidfd: int) -> None:
+    def follow(self, key: FactKey, process: Process, pidfd: int, where: _Where | None = None) -> None:
         """Follows a process that was just attested; does not keep `pidfd`. Does nothing when nobody listens."""
         if self._told is None:
             return
@@ -217,10 +249,30 @@ class _Watch:
             self._changed[key] = None
             self._told.set()
             known.process = process
+        if where is not None and known.where not in (None, where):
+            self._changed[key] = None
+            self._told.set()
+        known.where = where or known.where
         known.until = loop.time() + _WATCH_S
         self._followed.move_to_end(key)
-        if len(self._followed) > self._limit:
-            self._tell(next(iter(self._followed)))
+        if len(self._followed) > self._limit:  # told with the next poll: who then follows it again lets another one go
+            oldest = next(iter(self._followed))
+            self._drop(oldest)
+            self._let_go[oldest] = None
+
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether somebody takes what changes."""
+        return self._told is not None
+
+    def follows(self, key: FactKey, process: Process) -> bool:
+        """Whether it is followed as just this, and then for as long as if it had been attested now."""
+        known = self._followed.get(key)
+        if known is None or known.process != process:
+            return False
+        known.until = asyncio.get_running_loop().time() + _WATCH_S
+        self._followed.move_to_end(key)
+        return True
 
     async def changes(self) -> AsyncIterator[FactKey]:
         """Each key that changed or may have."""
@@ -246,25 +298,31 @@ class _Watch:
             for key in list(self._followed):
                 self._drop(key)
             self._changed.clear()
+            self._let_go.clear()
             self._told = None
 
     async def _look(self) -> None:
+        self._changed |= self._let_go
+        self._let_go.clear()
         now = asyncio.get_running_loop().time()
         for key in [key for key, followed in self._followed.items() if followed.until < now]:
             self._drop(key)
-        followed = [(key, one.process) for key, one in self._followed.items()]
+        followed = [(key, (one.process, one.where)) for key, one in self._followed.items()]
         for key, seen in await asyncio.to_thread(self._changes_among, followed):
             # It may have been attested again, as what it is now, while we looked.
-            if key in self._followed and self._followed[key].process == seen:
+            one = self._followed.get(key)
+            if one is not None and (one.process, one.where) == seen:
                 self._tell(key)
 
-    def _changes_among(self, followed: list[tuple[FactKey, Process]]) -> list[tuple[FactKey, Process]]:
-        return [(key, process) for key, process in followed if not self._same(process)]
+    def _changes_among(self, followed: list[tuple[FactKey, _Seen]]) -> list[tuple[FactKey, _Seen]]:
+        return [(key, seen) for key, seen in followed if not self._same(*seen)]
 
-    def _same(self, process: Process) -> bool:
+    def _same(self, process: Process, where: _Where | None) -> bool:
         try:
-            return self._read(process.pid) == process
-        except OSError:  # gone, or hidden from us
+            if self._read(process.pid) != process:
+                return False
+            return where is None or _Where(exe_path(process.pid), cgroup(process.pid)) == where
+        except (OSError, AttestationFailed):  # gone, or hidden from us
             return False
 
     def _tell(self, key: FactKey) -> None:
@@ -279,76 +337,9 @@ class _Watch:
         os.close(pidfd)
 
 
-@contextmanager
-def _held(pid: int) -> Iterator[int]:
-    """A pidfd: what is read of `pid` before it is seen not to have exited is of one process."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError as error:
-        raise AttestationFailed(f"process {pid} is gone") from error
-    except OSError as error:
-        raise AttestationUnavailable(f"cannot hold process {pid}: {error.strerror}") from error
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
-
-
-def _exited(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-@contextmanager
-def _open_exe(process: Process) -> Iterator[BufferedReader]:
-    """The file that the process runs, whatever its path leads to by now."""
-    try:
-        exe = Path(f"/proc/{process.pid}/exe").open("rb")  # noqa: SIM115 - closed below, by its own with
-    except FileNotFoundError as error:
-        raise AttestationFailed(f"process {process.pid} is gone") from error
-    except PermissionError as error:
-        raise _may_not_look(process.pid) from error
-    except OSError as error:
-        raise AttestationUnavailable(f"cannot read the executable of {process.pid}: {error.strerror}") from error
-    with exe:
-        found = os.fstat(exe.fileno())
-        if (found.st_dev, found.st_ino) != (process.exe_device, process.exe_inode):
-            raise AttestationFailed(f"process {process.pid} runs another program than when it was identified")
-        yield exe
-
-
 def _hash(exe: BufferedReader, state: _FileState) -> str:
     with exe:
         digest = hashlib.file_digest(exe, "sha256").hexdigest()
         if _FileState.of(os.fstat(exe.fileno())) != state:
             raise AttestationUnavailable("an executable changed while it was read")
     return digest
-
-
-def _exe_path(pid: int) -> str:
-    """As the process sees it: in a container, inside that. Ends in " (deleted)" when the file was removed."""
-    try:
-        path = str(Path(f"/proc/{pid}/exe").readlink())
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise AttestationFailed(f"the executable's path of process {pid} is not UTF-8") from error
-    except OSError as error:
-        raise AttestationFailed(f"process {pid} is gone") from error
-    return path
-
-
-def _cgroup(pid: int) -> str:
-    """The path in the unified hierarchy (cgroups(7)), or in systemd's own where there is none, or ""."""
-    try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise AttestationFailed(f"the cgroup of process {pid} is not UTF-8") from error
-    except OSError as error:
-        raise AttestationFailed(f"process {pid} is gone") from error
-    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    return paths.get("") or paths.get("name=systemd", "")
-
-
-def _may_not_look(pid: int) -> AttestationUnavailable:
-    return AttestationUnavailable(f"/proc/{pid} may not be read: run the broker as root or with CAP_SYS_PTRACE")

@@ -7,7 +7,7 @@ entry, another user or another executable shows at the next one. Between request
 import asyncio
 import random
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -70,6 +70,8 @@ class SpireAttestor:
     def __init__(self, entitlements: Entitlements) -> None:
         self._entitlements = entitlements
         self._watched: OrderedDict[FactKey, _Watched] = OrderedDict()
+        self._away_since: float | None = None
+        self._unasked: frozenset[FactKey] = frozenset()  # in the last round
         self._untold: deque[FactKey] = deque(maxlen=WATCHED)  # changes seen beside the watch, for it to tell
 
     async def attest(self, request: AttestationRequest, now: datetime) -> Facts | None:
@@ -122,6 +124,10 @@ class SpireAttestor:
             # Jitter downwards, so that the bound holds and a fleet of brokers does not ask in step.
             await asyncio.sleep(max(rest, 0) * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load, hides nothing
 
+    def blind(self) -> Mapping[str, float]:
+        """See attestors.contract.Attestor: since the first question of a round that the agent did not answer."""
+        return {} if self._away_since is None else {f"{self.name}:": self._away_since}
+
     def _remember(self, key: FactKey, pid: int, ids: tuple[str, ...]) -> None:
         until = asyncio.get_running_loop().time() + WATCH_S
         before = self._watched.pop(key, None)
@@ -135,15 +141,22 @@ class SpireAttestor:
         """One look at all that are watched."""
         for key in [key for key, watched in self._watched.items() if watched.until <= monotonic]:
             del self._watched[key]
-        asked = _Round(self._entitlements)
+        found = _Round(self._entitlements)
+        pids = [(key, watched.pid) for key, watched in self._watched.items()]
+        left = iter(sorted(pids, key=lambda one: one[0] not in self._unasked))
         async with asyncio.TaskGroup() as group:
-            answers = {
-                key: group.create_task(asked.ask(watched.pid, watched.ids)) for key, watched in self._watched.items()
-            }
+            for _ in range(min(AT_ONCE, len(pids))):
+                group.create_task(found.work(left))
+        self._unasked = frozenset(key for key, _ in left)
+        is_away = await found.is_away()
+        if not is_away:
+            self._away_since = None
+        elif self._away_since is None:
+            self._away_since = monotonic
         changed = [*self._untold]
         self._untold.clear()
-        for key, task in answers.items():
-            watched, ids = self._watched.get(key), task.result()
+        for key, ids in found.answers.items():
+            watched = self._watched.get(key)
             if watched is None or ids == watched.ids:
                 continue
             changed.append(key)
@@ -151,29 +164,54 @@ class SpireAttestor:
                 watched.ids = ids
             else:
                 del self._watched[key]
+        if not is_away:
+            changed += [key for key in found.unanswered if self._watched.pop(key, None) is not None]
         return changed
 
 
 class _Round:
-    """The questions of one round, some at a time. Once one cannot be asked the others are not: the agent is away."""
+    """The questions of one round, some at a time.
+
+    answers: what each process has now; nothing when attestation fails. unanswered: those that could not be asked about.
+    """
 
     def __init__(self, entitlements: Entitlements) -> None:
         self._entitlements = entitlements
-        self._limit = asyncio.Semaphore(AT_ONCE)
-        self._away = False
+        self.answers: dict[FactKey, tuple[str, ...]] = {}
+        self.unanswered: list[FactKey] = []
+        self._in_a_row = 0
+        self._answered = 0  # the PID of the last one
 
-    async def ask(self, pid: int, told: tuple[str, ...]) -> tuple[str, ...]:
-        """What the process has now: nothing when attestation fails, what was `told` when it is not known."""
-        async with self._limit:
-            if self._away:
-                return told
+    async def work(self, left: Iterator[tuple[FactKey, int]]) -> None:
+        """Asks about one after the other of those left. Some run side by side, until too many are not answered."""
+        while self._in_a_row < AT_ONCE and (one := next(left, None)) is not None:
+            key, pid = one
             try:
-                return _ids_in(await self._entitlements.fetch(pid))
-            except AttestationFailed:
-                return ()
+                self.answers[key] = await self._ask(pid)
             except AttestationUnavailable:
-                self._away = True
-                return told
+                self.unanswered.append(key)
+                self._in_a_row += 1
+            else:
+                self._answered, self._in_a_row = pid, 0
+
+    async def is_away(self) -> bool:
+        """Whether the agent cannot be asked at all, and not only about some processes.
+
+        What it says of a process takes it as long as the process makes it take: by a huge executable, for example.
+        """
+        if not self.unanswered or not self._answered:
+            return bool(self.unanswered)
+        try:
+            await self._ask(self._answered)
+        except AttestationUnavailable:
+            return True
+        return False
+
+    async def _ask(self, pid: int) -> tuple[str, ...]:
+        try:
+            return _ids_in(await self._entitlements.fetch(pid))
+        except AttestationFailed:
+            return ()
 
 
 def _ids_in(found: Sequence[Entitlement]) -> tuple[str, ...]:

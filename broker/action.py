@@ -48,6 +48,13 @@ def check_random_id(text: str, what: str) -> str:
     return text
 
 
+def check_name(text: str) -> str:
+    """Returns `text` if it can be an action's name. Raises: Invalid. Not checked: that a policy knows it."""
+    if len(text) > MAX_NAME or not _NAME.fullmatch(text):
+        raise Invalid("action is not a dotted name of at most 128 letters, digits, _ and -")
+    return text
+
+
 def check_uri(text: str, what: str) -> str:
     """Returns `text` if it is a URI in RFC 3986 normal form.
 
@@ -194,8 +201,7 @@ class Action:
     digest: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.name) > MAX_NAME or not _NAME.fullmatch(self.name):
-            raise Invalid("action is not a dotted name of at most 128 letters, digits, _ and -")
+        check_name(self.name)
         _checked_uri(self.resource, "resource")
         _checked_uri(self.audience, "audience")
         if not isinstance(self.parameters, dict):
@@ -219,6 +225,23 @@ class Action:
     def parse(cls, name: str, resource: str, audience: str, parameters: str | bytes) -> Self:
         """From the wire, parameters as JSON text. Raises: Invalid."""
         return cls(name, resource, audience, parse_parameters(parameters))
+
+    @classmethod
+    def restored(
+        cls, name: str, resource: str, audience: str, parameters: dict[str, Any], canonical: bytes
+    ) -> "Action":
+        """The action whose `canonical` was kept, and which was valid then. Not checked: any of that."""
+        made = object.__new__(cls)
+        for field_name, value in (
+            ("name", name),
+            ("resource", resource),
+            ("audience", audience),
+            ("parameters", parameters),
+            ("canonical", canonical),
+            ("digest", hashlib.sha256(canonical).digest()),
+        ):
+            object.__setattr__(made, field_name, value)
+        return made
 
     def covers(self, other: "Action") -> bool:
         """Whether a credential for `self` is good for `other`: only for exactly that act, parameters included."""

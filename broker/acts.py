@@ -19,7 +19,6 @@ from broker.artifacts import AGENT_KEY, KEYLESS, SigningRequest
 from broker.credentials import mint
 from broker.decision.decide import Grant
 from broker.errors import Invalid, Reason, Refused, Unavailable
-from broker.redemption import Decided, Prepared
 from broker.signing import bundle
 from broker.signing.authority import Authority
 from broker.signing.content import DEFAULT_LIFETIME, CertificateContent, certifiable, validity
@@ -29,6 +28,7 @@ from broker.signing.named_key import NamedKey, require_digest, require_one_kind
 from broker.signing.profile import ToBeSigned, to_be_signed
 from broker.signing.signer import Algorithm, PublicKey, Signer, spki_of
 from broker.signing.timestamp import TimestampAuthority
+from broker.spending import Decided, Prepared
 
 MAX_STATEMENT: Final = 128 * 1024  # bytes: a thousand subjects fit
 _READ_AT_ONCE: Final = 2

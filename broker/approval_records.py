@@ -70,7 +70,7 @@ class RecordedApprovals:
 
     def subscribe(self, changed: Callable[[str], None]) -> Callable[[], None]:
         """See attestors.approval.ApprovalSource. A change of policies is not told here: PolicyStore tells it."""
-        return self._ledger.subscribe_approvals(changed)
+        return self._ledger.subscribe_approvals(changed, uses=False)
 
     async def find(self, digest: str, now: datetime) -> Shown | None:
         """One request as it is now, also for a minute after it ended. Raises: Refused(REVOKED), Unavailable."""

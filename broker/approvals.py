@@ -26,11 +26,12 @@ from broker.approval_records import APPROVE, RecordedApprovals, Shown, rules_dig
 from broker.approval_text import Request, Texts
 from broker.decision.decide import Grant
 from broker.errors import ApprovalRequired, BrokerError, Invalid, Reason, Refused
-from broker.exchange import Exchange, require_request_id
+from broker.exchange import Exchange
 from broker.identity.identify import Identified
 from broker.in_time import InTime
 from broker.ledger.approvals import ApprovalSeen
 from broker.ledger.records import MAX_DETAIL, ApprovalAsked, ApprovalWithdrawn, Approved, Operated
+from broker.presented import Presented
 
 MAX_REASON: Final = MAX_DETAIL
 MAX_SHOWN: Final = 64  # requests in one answer
@@ -82,7 +83,7 @@ class Approvals:
         of this caller's wait, ALREADY_USED where its approvals gave a credential; Unavailable.
         Not checked: that approvals are what it lacks.
         """
-        require_request_id(request_id)
+        Presented(request_id=request_id).require_readable()
         if not request_id:
             raise Invalid("a request that needs approvals has a request id: 16 to 64 random characters")
         principal = str(caller.principal)
@@ -115,7 +116,7 @@ class Approvals:
         Raises: Refused EXPIRED once it is forgotten, DENIED for another's and for what was never asked; Unavailable.
         """
         changed, told = asyncio.Event(), None
-        end = self._records.subscribe(lambda which: changed.set() if which == digest else None)
+        end = self._exchange.ledger.subscribe_approvals(lambda which: changed.set() if which == digest else None)
         try:
             while True:
                 changed.clear()  # before the look, so that what happens meanwhile is looked at next
@@ -225,8 +226,18 @@ class Approvals:
                     method=approver.transport,
                     evidence_sha256=_evidence(approver),
                 )
-                if not await self._exchange.ledger.withdraw(withdrawn):
+                if not await asyncio.shield(asyncio.ensure_future(self._withdraw(withdrawn))):
                     raise Refused(Reason.DENIED, f"no approval of theirs counts for request {digest}")
+
+    async def _withdraw(self, withdrawn: ApprovalWithdrawn) -> bool:
+        """Whether it counted. Goes on to its end where who asked goes away: what it permitted ends with it."""
+        counted = True
+        try:
+            counted = await self._exchange.ledger.withdraw(withdrawn)
+        finally:  # also where the store does not say: it may have taken it
+            if counted:
+                self._exchange.scope.withdrawn(withdrawn.request_digest, withdrawn.by)
+        return counted
 
     async def pending(self, asker: Identified, now: datetime, correlation_id: str) -> Sequence[Shown]:
         """The requests that wait and that the asker may approve: `MAX_SHOWN` of them at most.

@@ -30,6 +30,10 @@ class Reason(StrEnum):
     EXPIRED = "expired"
     ALREADY_USED = "already_used"
     REVOKED = "revoked"
+    SUPERSEDED = "superseded"
+    PARENT_REFUSED = "parent_refused"
+    SESSION_RISK = "session_risk"
+    TICKET_CLOSED = "ticket_closed"
     UNKNOWN_ACTION = "unknown_action"
     QUOTA = "quota"
     PROVENANCE_MISSING = "provenance_missing"
@@ -40,6 +44,7 @@ class Reason(StrEnum):
     ATTESTATION_UNAVAILABLE = "attestation_unavailable"
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     SCOPE_STALE = "scope_stale"
+    SUSPENDED = "suspended"
     IDENTITY_UNAVAILABLE = "identity_unavailable"
     BROKER_UNREACHABLE = "broker_unreachable"  # said by clients, to themselves
 

@@ -13,6 +13,7 @@ from broker.decision.decide import Grant, facts_digest
 from broker.decision.question import PROVENANCE
 from broker.identity.identify import Identified
 from broker.ledger.records import Intent, ProcessReference
+from broker.presented import Presented
 
 
 def intent_of(  # noqa: PLR0913 -- one record, of which each part comes from another stage of the flow
@@ -28,16 +29,16 @@ def intent_of(  # noqa: PLR0913 -- one record, of which each part comes from ano
     key_id: str,
     credential: str,
     epoch: int,
-    request_id: str = "",
+    presented: Presented,
     parent: str = "",
     signing: SigningRequest | None = None,
 ) -> Intent:
     """The intent to mint one credential from `grant`. parent: the credential that is spent on it, "" for none.
 
-    request_id: the caller's own, also of the request that gave the parent. The approvals that the decision was shown
+    presented: by the caller, also for the request that gave the parent. The approvals that the decision was shown
     are used up with it, so that they are good for one mint and what hangs on it, and each still has to count then.
     """
-    approval, approvers = used_approvals(grant, request_id)
+    approval, approvers = used_approvals(grant, presented.request_id)
     return Intent(
         at=now,
         correlation_id=correlation_id,
@@ -57,7 +58,9 @@ def intent_of(  # noqa: PLR0913 -- one record, of which each part comes from ano
         method=identity.transport,
         key_id=key_id,
         authority_sha256=(identity.authority_sha256 or b"").hex(),
-        request_id=request_id,
+        request_id=presented.request_id,
+        ticket=presented.ticket,
+        session=presented.session,
         approval=approval,
         approvers=approvers,
         parent=parent,
@@ -90,3 +93,8 @@ def process_reference(process: Process | None) -> ProcessReference | None:
     if process is None:
         return None
     return ProcessReference(**{name: getattr(process, name) for name in Process.__slots__})
+
+
+def presented_by(intent: Intent, credential: str) -> Presented:
+    """What its caller named then, for deciding again about the credential with this id; evidence is not among it."""
+    return Presented(request_id=intent.request_id, ticket=intent.ticket, session=intent.session, credential=credential)

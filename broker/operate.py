@@ -7,6 +7,7 @@ from typing import Final
 
 from attestors.contract import AttestationRequest, FactKey, Facts
 from broker.action import Action, parse_parameters
+from broker.decision.decide import Grant
 from broker.decision.explain import Explanation, explain
 from broker.errors import BrokerError, Invalid, Reason
 from broker.exchange import Asked, Caller, Exchange
@@ -34,8 +35,8 @@ class Operators:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
-    async def authorise(self, caller: Caller, what: str, now: datetime, correlation_id: str) -> None:
-        """Whether the caller may do `what`; if so it is in the ledger when this returns. Raises: BrokerError."""
+    async def authorise(self, caller: Caller, what: str, now: datetime, correlation_id: str) -> Grant:
+        """Leave to do `what`, which is in the ledger when this returns, and is spent. Raises: BrokerError."""
         exchange = self._exchange
         action = Action(OPERATE, f"{exchange.issuer}/{what}", exchange.issuer)
         try:
@@ -56,6 +57,7 @@ class Operators:
         )
         async with InTime(Reason.LEDGER_UNAVAILABLE):
             await exchange.ledger.append(operated)
+        return grant
 
     async def explain(self, caller: Caller, question: Question, now: datetime, correlation_id: str) -> Explanation:
         """What would be decided, and which condition failed. Nothing is minted. Raises: BrokerError."""

@@ -1,32 +1,35 @@
 """Is it still good? The same decision as at minting, on fresh facts, whenever a receiving service asks.
 
 A credential is in scope exactly while minting it again would succeed. What can be attested again is: the process,
-SPIRE's word on it, every attestor that the policy names. Only a token's own audience may ask.
+SPIRE's word on it, every attestor that the policy names. Only a token's own audience may ask, and about what a token
+says of itself its holder as well.
 """
 
 import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 
-from attestors.contract import JsonValue, Process
 from broker.action import Action, check_random_id
-from broker.credentials import action_token
+from broker.again import Again
+from broker.credentials import action_token, credential
 from broker.credentials.action_token import VerifiedClaims
+from broker.credentials.credential import Credential
 from broker.decision.decide import Grant
+from broker.decision.question import PROVENANCE
 from broker.errors import BrokerError, Invalid, Reason, Refused
-from broker.exchange import Asked, Caller, Exchange, Presented
-from broker.identity import identify
+from broker.exchange import Asked, Caller, Exchange
 from broker.identity.identify import Identified
-from broker.identity.peer import look
-from broker.identity.spiffe_id import SpiffeId
 from broker.in_time import InTime
 from broker.intents import used_approvals
 from broker.ledger.approvals import Counted
 from broker.ledger.operations import CredentialRow
+from broker.scope.deciding import Deciding
+from broker.scope.live import Live, live_of
 
 
-def _strings(value: JsonValue) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+def _require_same(claims: VerifiedClaims, action: Action) -> None:
+    if claims.action_digest != action.digest.hex():
+        raise Refused(Reason.OUT_OF_SCOPE, "the token is for another action")
 
 
 def _require_redeemable(claims: VerifiedClaims, idempotency_id: str) -> None:
@@ -46,10 +49,19 @@ def _counted(grant: Grant, row: CredentialRow, now: datetime) -> Counted | None:
 
 
 class Recheck:
-    """Check and Redeem. audiences: for an audience that is no SPIFFE ID, which identities speak for it."""
+    """Check, Redeem and introspection.
 
-    def __init__(self, exchange: Exchange, audiences: Mapping[str, frozenset[str]]) -> None:
-        self._exchange, self._audiences = exchange, audiences
+    audiences: for an audience that is no SPIFFE ID, which identities speak for it.
+    """
+
+    def __init__(
+        self, exchange: Exchange, again: Again, deciding: Deciding, audiences: Mapping[str, frozenset[str]]
+    ) -> None:
+        self._exchange, self._again, self._deciding, self._audiences = exchange, again, deciding, audiences
+
+    def speaks_for(self, asker: Identified, audience: str) -> bool:
+        """Whether it is this audience."""
+        return str(asker.principal) in self._audiences.get(audience, frozenset((audience,)))
 
     async def check(self, caller: Caller, token: str, asked: Asked, now: datetime, correlation_id: str) -> None:
         """Whether the token would be minted again now, for this action. Raises: BrokerError with the reason why not."""
@@ -57,13 +69,36 @@ class Recheck:
         try:
             action = asked()
             async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
-                claims, row = await self._own_token(caller.identity, token, action, now)
+                _, row = await self._own_token(caller.identity, token, action, now)
                 _require_unused(row)
                 bound.reason = Reason.ATTESTATION_UNAVAILABLE
-                await self._decide_again(claims, row, action, now)
+                await self._decide_again(row, action, now)
         except BrokerError as error:
             self._exchange.refused(caller.identity, action, error, now, correlation_id, "check")
             raise
+
+    async def introspect(self, caller: Caller, shown: str, now: datetime, correlation_id: str) -> Credential:
+        """A credential that would be minted again now, for what it says itself that it is for (RFC 7662).
+
+        Its own audience may ask, and its holder; it is not used up. Raises: BrokerError with the reason why not.
+        """
+        asker, action, exchange = caller.identity, None, self._exchange
+        try:
+            found = credential.verify(shown, issuer=exchange.issuer, key_for=exchange.keyring.public, now=now)
+            claims = found.claims
+            action = claims.action()
+            if claims.client_id != str(asker.principal) and not self.speaks_for(asker, claims.aud):
+                raise Refused(Reason.WRONG_AUDIENCE, "only a token's own audience and its holder may ask about it")
+            _require_same(claims, action)
+            async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
+                row = await self._known(claims)
+                _require_unused(row)
+                bound.reason = Reason.ATTESTATION_UNAVAILABLE
+                await self._decide_again(row, action, now)
+        except BrokerError as error:
+            exchange.refused(asker, action, error, now, correlation_id, "introspect")
+            raise
+        return found
 
     async def redeem(
         self, caller: Caller, token: str, asked: Asked, idempotency_id: str, now: datetime, correlation_id: str
@@ -81,7 +116,7 @@ class Recheck:
                 counted = None
                 if row.redeemed_at is None:  # else a lost answer or a second use: the ledger knows which
                     bound.reason = Reason.ATTESTATION_UNAVAILABLE
-                    grant = await self._decide_again(claims, row, action, now)
+                    grant = await self._decide_again(row, action, now)
                     counted = _counted(grant, row, now)
                     bound.reason = Reason.LEDGER_UNAVAILABLE
                 redeemed = await self._exchange.ledger.redeem(
@@ -104,43 +139,32 @@ class Recheck:
         """A token of ours, presented by its own audience, for exactly this action, and known to the ledger."""
         exchange = self._exchange
         claims = action_token.verify(token, issuer=exchange.issuer, key_for=exchange.keyring.public, now=now)
-        if str(asker.principal) not in self._audiences.get(claims.aud, frozenset((claims.aud,))):
+        if not self.speaks_for(asker, claims.aud):
             raise Refused(Reason.WRONG_AUDIENCE, "only a token's own audience may ask about it")
-        if claims.action_digest != action.digest.hex():
-            raise Refused(Reason.OUT_OF_SCOPE, "the token is for another action")
-        row = await exchange.ledger.credential(claims.jti)
+        _require_same(claims, action)
+        return claims, await self._known(claims)
+
+    async def _known(self, claims: VerifiedClaims) -> CredentialRow:
+        """What the ledger has of it, if it is neither refused nor suspended. Raises: BrokerError."""
+        row = await self._exchange.ledger.credential(claims.jti)
         if row is None:
             raise Refused(Reason.REVOKED, "the ledger does not know the token in this epoch")
-        return claims, row
+        self._exchange.scope.require(claims.jti)
+        return row
 
-    async def _decide_again(self, claims: VerifiedClaims, row: CredentialRow, action: Action, now: datetime) -> Grant:
-        """The same decision on fresh facts; the approvals that the token used up count for it. Nothing is minted."""
-        principal = SpiffeId.parse(claims.sub)
-        trust = self._exchange.trust(now)
-        trust.bundle_for(principal.trust_domain)  # federation may have been withdrawn since
-        if row.intent.process is None:
-            # An SVID is not shown again: who vouched for it must still be believed, as for a new one.
-            identify.require_authority(bytes.fromhex(row.intent.authority_sha256), principal, trust)
-        identity = await self._identify_again(principal, row, min(claims.expires_at, row.expires_at), now)
-        presented = Presented(request_id=row.intent.request_id, credential=claims.jti)
-        return await self._exchange.decide(identity, action, now, presented)
+    async def _decide_again(self, row: CredentialRow, action: Action, now: datetime) -> Grant:
+        """The same decision on fresh facts; nothing is minted. A no is final: guards hear of it as well."""
+        live = self._exchange.scope.live.get(row.jti) or live_of(row.intent, {}, seq=row.seq)
+        kept = {name: facts for name, facts in live.facts.items() if name == PROVENANCE}
+        try:
+            grant, _ = await self._again.grant(live, action, kept, now)
+        except Refused as error:
+            await self._refuse(live, error)
+            raise
+        self._exchange.scope.require(row.jti)  # it may have been revoked while we looked
+        return grant
 
-    async def _identify_again(
-        self, principal: SpiffeId, row: CredentialRow, expires_at: datetime, now: datetime
-    ) -> Identified:
-        """The caller as it is now; where it was no process of ours, its SVID's end bounds the token's already."""
-        if row.intent.process is None:
-            return Identified(principal=principal, transport=row.intent.method, expires_at=expires_at)
-        process = Process(**{name: getattr(row.intent.process, name) for name in Process.__slots__})
-        if look(process.pid) != process:
-            raise Refused(Reason.NOT_ATTESTED, "the process that got the token exited or was replaced")
-        facts = await self._exchange.entitlements(process, now)
-        if look(process.pid) != process or str(principal) not in _strings(facts.values["ids"]):
-            raise Refused(Reason.NOT_ATTESTED, "SPIRE no longer gives the process this identity")
-        return Identified(
-            principal=principal,
-            transport=row.intent.method,
-            expires_at=expires_at,
-            process=process,
-            known={"spire": facts},
-        )
+    async def _refuse(self, live: Live, error: Refused) -> None:
+        """Keeps and tells the refusal, where this credential is still looked after."""
+        if live.seq and self._exchange.scope.live.get(live.jti) is live:
+            await self._deciding.refuse([live], error.reason, "check", detail=error.detail)

@@ -8,90 +8,31 @@ the second look spends the grant as well: what was granted does not come back wh
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
-from attestors.contract import Process
+from attestors.contract import Facts
 from broker.action import Action, check_random_id
 from broker.artifacts import SigningRequest, signing_request
+from broker.callers import Caller
 from broker.credentials import signing_grant
 from broker.credentials.action_token import VerifiedClaims
-from broker.credentials.jose import b64url
 from broker.decision.decide import Grant
 from broker.errors import BrokerError, Invalid, Reason, Refused
-from broker.exchange import Caller, Exchange, Presented
+from broker.exchange import Exchange, evidence_of
 from broker.in_time import InTime
-from broker.intents import intent_of, process_reference
+from broker.intents import intent_of, presented_by, process_reference
 from broker.ledger.operations import CredentialRow
 from broker.ledger.records import Intent, Outcome
 from broker.ledger.spending import Spent
 from broker.provenance import decide_by_provenance
+from broker.scope.live import Live
+from broker.spending import Act, Decided, Prepared, Presenter, Spending
 
 _T_co = TypeVar("_T_co", covariant=True)
 _NO_LONGER_KNOWN: Final = {Reason.NOT_ATTESTED, Reason.UNAUTHENTICATED, Reason.EXPIRED}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spending:
-    """A grant as it is presented to be spent. provenance: what it was given on, shown again."""
-
-    grant: str = field(repr=False)
-    idempotency_id: str
-    provenance: Sequence[bytes] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """What the second look found: leave for one act. request_id: of the request that gave the grant."""
-
-    grant: Grant
-    claims: VerifiedClaims
-    signing: SigningRequest
-    caller: Caller
-    now: datetime
-    expires_at: datetime
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """An act that is fixed and not done.
-
-    jti: its id. cnf: the key that will sign, or be certified. perform: does it; its answer is what the caller gets, and
-    the hex SHA-256 by which the ledger knows what came of it.
-    """
-
-    jti: str
-    credential: str
-    cnf: Mapping[str, str]
-    key_id: str
-    perform: Callable[[], Awaitable[tuple[bytes, str]]] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Presenter:
-    """Who shows a grant, by kernel or handshake alone.
-
-    named: the SPIFFE ID that it asks as, "" for none. process: behind the Unix socket. leaf: DER, of mutual TLS.
-    """
-
-    named: str = ""
-    process: Process | None = None
-    leaf: bytes | None = field(default=None, repr=False)
-
-    def holds(self, claims: VerifiedClaims, intent: Intent) -> bool:
-        """Whether it is the process, or has the certificate's key, that the grant was given to.
-
-        A grant that is bound to a DPoP key (`jkt`) is nobody's here unless it was a process's: no proof was looked at.
-        """
-        if self.named not in {"", claims.sub}:  # it was refused under another name, which says nothing of this one
-            return False
-        if self.process is not None and intent.process is not None:
-            then = intent.process
-            return (self.process.pid, self.process.start_time) == (then.pid, then.start_time)
-        return self.leaf is not None and claims.cnf.x5t_s256 == b64url(hashlib.sha256(self.leaf).digest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,23 +46,6 @@ class _Asking:
     content: bytes
     now: datetime
     correlation_id: str
-
-
-class Act(Protocol[_T_co]):
-    """One thing to do with a grant."""
-
-    @property
-    def content(self) -> bytes:
-        """What is asked, beside the grant: the same idempotency id with other content is refused."""
-
-    async def check(self, signing: SigningRequest) -> None:
-        """Raises: BrokerError where it is not what was granted, or cannot be looked at; the grant stays as it is."""
-
-    def prepare(self, decided: Decided) -> Prepared:
-        """Fixes everything before the grant is spent. Uses no key. Raises: BrokerError."""
-
-    def answer(self, made: bytes, signing: SigningRequest) -> _T_co:
-        """What the caller gets. made: what `Prepared.perform` gave for this content and request, now or before."""
 
 
 class Redemption:
@@ -189,31 +113,38 @@ class Redemption:
                     now=now,
                     correlation_id=correlation_id,
                 )
-                bound.reason = Reason.LEDGER_UNAVAILABLE
-                row, made = await self._found(asking)
-                if made is not None:
-                    return act.answer(made, signing)
-                bound.reason = Reason.ATTESTATION_UNAVAILABLE
-                grant = await self._decide_again(asking, row)
-                bound.reason = Reason.SIGNER_UNAVAILABLE
-                decided = Decided(
-                    grant=grant,
-                    claims=claims,
-                    signing=signing,
-                    caller=caller,
-                    now=now,
-                    expires_at=min(grant.expires_at, claims.expires_at),
-                    request_id=row.intent.request_id,
+                made = await self._exchange.while_it_holds(
+                    caller, now, lambda who: self._made(replace(asking, caller=who), signing, act, bound)
                 )
-                prepared = act.prepare(decided)
-                if claims.jti in self._running:  # a moment earlier, on another connection
-                    _, made = await self._found(asking)
-                    if made is not None:
-                        return act.answer(made, signing)
-                return act.answer(await self._carry_out(asking, decided, prepared), signing)
+                return act.answer(made, signing)
         except BrokerError as error:
             self._exchange.refused(caller.identity, action, error, now, correlation_id, stage)
             raise
+
+    async def _made(self, asking: _Asking, signing: SigningRequest, act: Act[_T_co], bound: InTime) -> bytes:
+        """What is answered: kept from before, or made now."""
+        bound.reason = Reason.LEDGER_UNAVAILABLE
+        row, made = await self._found(asking)
+        if made is not None:
+            return made
+        bound.reason = Reason.ATTESTATION_UNAVAILABLE
+        grant = await self._decide_again(asking, row)
+        bound.reason = Reason.SIGNER_UNAVAILABLE
+        decided = Decided(
+            grant=grant,
+            claims=asking.claims,
+            signing=signing,
+            caller=asking.caller,
+            now=asking.now,
+            expires_at=min(grant.expires_at, asking.claims.expires_at),
+            presented=presented_by(row.intent, asking.claims.jti),
+        )
+        prepared = act.prepare(decided)
+        if asking.claims.jti in self._running:  # a moment earlier, on another connection
+            _, made = await self._found(asking)
+            if made is not None:
+                return made
+        return await self._carry_out(asking, decided, prepared)
 
     def _verify(self, caller: Caller, grant: str, now: datetime) -> tuple[VerifiedClaims, Action]:
         """A grant of ours, in the hands of the very caller that it was given to, and its action. Raises: Refused."""
@@ -247,7 +178,8 @@ class Redemption:
         """The same decision on fresh facts. Raises: BrokerError; a refusal has spent the grant by then."""
         try:
             _require_same_process(asking.caller, row)
-            presented = Presented(request_id=row.intent.request_id, credential=asking.claims.jti)
+            self._exchange.scope.require(asking.claims.jti)
+            presented = presented_by(row.intent, asking.claims.jti)
             return await decide_by_provenance(
                 self._exchange,
                 asking.caller.identity,
@@ -263,7 +195,14 @@ class Redemption:
             await self._spend(asking, None)
             raise
 
-    async def _spend(self, asking: _Asking, intent: Intent | None) -> Spent:
+    async def _spend(
+        self,
+        asking: _Asking,
+        intent: Intent | None,
+        *,
+        current: Callable[[], bool] | None = None,
+        evidence: tuple[Facts, ...] = (),
+    ) -> Spent:
         """See Ledger.spend."""
         return await self._exchange.ledger.spend(
             asking.claims.jti,
@@ -273,6 +212,8 @@ class Redemption:
             intent=intent,
             now=asking.now,
             correlation_id=asking.correlation_id,
+            current=current,
+            evidence=evidence,
         )
 
     async def _carry_out(self, asking: _Asking, decided: Decided, prepared: Prepared) -> bytes:
@@ -291,11 +232,12 @@ class Redemption:
             key_id=prepared.key_id,
             credential=prepared.credential,
             epoch=self._exchange.ledger.epoch,
-            request_id=decided.request_id,
+            presented=decided.presented,
             parent=jti,
             signing=decided.signing,
         )
-        task = asyncio.ensure_future(self._act(asking, prepared, intent))
+        live = self._exchange.enter(intent, asking.caller.identity, decided.grant, asking.now)
+        task = asyncio.ensure_future(self._act(asking, prepared, intent, live, evidence_of(decided.grant)))
         self._running[jti] = task
         task.add_done_callback(lambda done: self._ended(jti, done))
         return await asyncio.shield(task)
@@ -306,9 +248,9 @@ class Redemption:
         if not done.cancelled():
             done.exception()  # seen: where the caller went away, nobody else asks for it
 
-    async def _spend_on(self, asking: _Asking, intent: Intent) -> Spent:
+    async def _spend_on(self, asking: _Asking, intent: Intent, live: Live, evidence: tuple[Facts, ...]) -> Spent:
         """Where nobody waits for it any more, and the grant is spent all the same, the ledger says that it failed."""
-        spend = asyncio.ensure_future(self._spend(asking, intent))
+        spend = asyncio.ensure_future(self._spend(asking, intent, current=live.is_current, evidence=evidence))
 
         def abandon(done: asyncio.Future[Spent]) -> None:
             if not done.cancelled() and done.exception() is None and (seq := done.result().intent_seq) is not None:
@@ -320,11 +262,26 @@ class Redemption:
             spend.add_done_callback(abandon)
             raise
 
-    async def _act(self, asking: _Asking, prepared: Prepared, intent: Intent) -> bytes:
+    async def _act(
+        self, asking: _Asking, prepared: Prepared, intent: Intent, live: Live, evidence: tuple[Facts, ...]
+    ) -> bytes:
+        """Spends the grant and acts. `live` stays in scope where it is a credential that came to be."""
+        scope, done = self._exchange.scope, False
+        try:
+            answer = await self._spend_and_act(asking, prepared, intent, live, evidence)
+            done = True
+        finally:
+            if not (done and live.seq and intent.is_live):
+                scope.leave(live)
+        return answer
+
+    async def _spend_and_act(
+        self, asking: _Asking, prepared: Prepared, intent: Intent, live: Live, evidence: tuple[Facts, ...]
+    ) -> bytes:
         ledger = self._exchange.ledger
         async with InTime(Reason.LEDGER_UNAVAILABLE) as bound:
             try:
-                spent = await self._spend_on(asking, intent)
+                spent = await self._spend_on(asking, intent, live, evidence)
             except Refused as error:
                 if error.reason is Reason.APPROVAL_REQUIRED:  # withdrawn since the second look, which refuses the same
                     await self._spend(asking, None)
@@ -335,6 +292,7 @@ class Redemption:
                 return spent.answer
             bound.reason = Reason.SIGNER_UNAVAILABLE
             try:
+                self._exchange.scope.confirm(live, spent.intent_seq)
                 answer, fingerprint = await prepared.perform()
             except BaseException:
                 ledger.append_later(_failed(asking, spent.intent_seq))

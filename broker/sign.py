@@ -7,15 +7,19 @@ nothing else can ever verify under it.
 from collections.abc import Sequence
 from datetime import datetime
 
+from broker.action import Action
 from broker.acts import Certificate, Means, Signature, Signed
-from broker.artifacts import signing_request
+from broker.artifacts import SigningRequest, signing_request
 from broker.credentials import mint
 from broker.credentials.signing_grant import LONGEST, csr_nonce
+from broker.decision.decide import Grant
 from broker.errors import BrokerError, Reason, Refused
-from broker.exchange import Asked, Caller, Exchange, Issued, Presented, require_request_id
+from broker.exchange import Asked, Caller, Exchange, Issued
 from broker.in_time import InTime
+from broker.presented import Presented
 from broker.provenance import decide_by_provenance
-from broker.redemption import Presenter, Redemption, Spending
+from broker.redemption import Redemption
+from broker.spending import Presenter, Spending
 
 
 class Signing:
@@ -34,7 +38,7 @@ class Signing:
         caller: Caller,
         asked: Asked,
         provenance: Sequence[bytes],
-        request_id: str,
+        presented: Presented,
         now: datetime,
         correlation_id: str,
     ) -> Issued:
@@ -47,33 +51,49 @@ class Signing:
         try:
             action = asked()
             signing = signing_request(action, issuer=exchange.issuer)
-            require_request_id(request_id)
-            presented = Presented(request_id=request_id)
-            async with InTime() as bound:
-                try:
-                    grant = await decide_by_provenance(
-                        exchange,
-                        caller.identity,
-                        action,
-                        provenance,
-                        presented,
-                        now,
-                        require=lambda grant: self._means.require_certifiable(signing, grant),
-                    )
-                except Refused as error:
-                    if error.reason is Reason.APPROVAL_REQUIRED:  # nobody is asked to approve what we cannot do
-                        self._means.require(signing, now + LONGEST)
-                    raise await exchange.unless_approved(
-                        caller, action, error, presented, now, correlation_id
-                    ) from error
+            presented.require_readable()
+            asked_for = action
+
+            async def attempt(who: Caller) -> Issued:
+                bound.reason = Reason.ATTESTATION_UNAVAILABLE
+                grant = await self._decide(who, asked_for, signing, provenance, presented, now, correlation_id)
                 self._means.require(signing, now + LONGEST)
                 bound.reason = Reason.LEDGER_UNAVAILABLE
                 return await exchange.issue(
-                    caller, grant, now, correlation_id, presented=presented, kind=mint.SIGNING_GRANT, signing=signing
+                    who, grant, now, correlation_id, presented=presented, kind=mint.SIGNING_GRANT, signing=signing
                 )
+
+            async with InTime() as bound:
+                return await exchange.while_it_holds(caller, now, attempt)
         except BrokerError as error:
             exchange.refused(caller.identity, action, error, now, correlation_id, "sign")
             raise
+
+    async def _decide(
+        self,
+        caller: Caller,
+        action: Action,
+        signing: SigningRequest,
+        provenance: Sequence[bytes],
+        presented: Presented,
+        now: datetime,
+        correlation_id: str,
+    ) -> Grant:
+        exchange = self._exchange
+        try:
+            return await decide_by_provenance(
+                exchange,
+                caller.identity,
+                action,
+                provenance,
+                presented,
+                now,
+                require=lambda grant: self._means.require_certifiable(signing, grant),
+            )
+        except Refused as error:
+            if error.reason is Reason.APPROVAL_REQUIRED:  # nobody is asked to approve what we cannot do
+                self._means.require(signing, now + LONGEST)
+            raise await exchange.unless_approved(caller, action, error, presented, now, correlation_id) from error
 
     async def forsake(
         self, presenter: Presenter, grant: str, refusal: Refused, now: datetime, correlation_id: str

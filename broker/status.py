@@ -78,6 +78,10 @@ STATUS: Final[Mapping[Reason, Status]] = MappingProxyType(
         Reason.EXPIRED: _token(_Code.PERMISSION_DENIED),
         Reason.ALREADY_USED: _token(_Code.PERMISSION_DENIED),
         Reason.REVOKED: _token(_Code.PERMISSION_DENIED),
+        Reason.SUPERSEDED: _token(_Code.PERMISSION_DENIED),
+        Reason.PARENT_REFUSED: _denied(),
+        Reason.SESSION_RISK: _denied(),
+        Reason.TICKET_CLOSED: _denied(),
         Reason.UNKNOWN_ACTION: Status(grpc=_Code.NOT_FOUND, http=400, oauth="invalid_authorization_details"),
         Reason.QUOTA: Status(grpc=_Code.RESOURCE_EXHAUSTED, http=429, oauth="temporarily_unavailable", token_http=429),
         Reason.PROVENANCE_MISSING: _denied(),
@@ -90,10 +94,19 @@ STATUS: Final[Mapping[Reason, Status]] = MappingProxyType(
         Reason.ATTESTATION_UNAVAILABLE: _AWAY,
         Reason.LEDGER_UNAVAILABLE: _AWAY,
         Reason.SCOPE_STALE: _AWAY,
+        Reason.SUSPENDED: _AWAY,
         Reason.IDENTITY_UNAVAILABLE: _AWAY,
         Reason.BROKER_UNREACHABLE: _AWAY,
     }
 )
+
+
+def known_reason(text: str) -> Reason:
+    """The reason of this name; "revoked" for one that a newer broker knows and we do not."""
+    try:
+        return Reason(text)
+    except ValueError:
+        return Reason.REVOKED
 
 
 def rich_status(

@@ -10,6 +10,7 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from google.rpc import status_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent
@@ -19,16 +20,16 @@ SOURCES = {ROOT: "actionbroker/**/*.proto", ROOT / "foreign": "**/*.proto"}
 PLUGINS = [
     f"--plugin=protoc-gen-{name}={Path(sys.executable).parent / f'protoc-gen-{name}'}" for name in ("mypy", "mypy_grpc")
 ]
-IMPORT = re.compile(r"^(from|import) (actionbroker|spiffe_broker)\b", re.MULTILINE)
+IMPORT = re.compile(r"^(from|import) (actionbroker|envoy|spiffe_broker)\b", re.MULTILINE)
 
 
 def generate(out: Path) -> None:
     """Writes all stubs below `out`. Raises: SystemExit when protoc refuses a file."""
-    include = resources.files("grpc_tools") / "_proto"
+    includes = [f"-I{resources.files('grpc_tools') / '_proto'}", f"-I{Path(status_pb2.__file__).parents[2]}"]
     for folder, pattern in SOURCES.items():
         names = sorted(str(p.relative_to(folder)) for p in folder.glob(pattern))
         kinds = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-        if protoc.main(["protoc", f"-I{folder}", f"-I{include}", *PLUGINS, *kinds, *names]):
+        if protoc.main(["protoc", f"-I{folder}", *includes, *PLUGINS, *kinds, *names]):
             sys.exit(f"protoc refused {names}")
     for path in [*out.rglob("*.py"), *out.rglob("*.pyi")]:
         path.write_text(IMPORT.sub(r"\1 broker._proto.\2", path.read_text()))

@@ -144,6 +144,8 @@ def action_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @action_arguments
 @click.option("--http", nargs=2, metavar="METHOD URL", help="Print the two headers for this one HTTP request.")
 @click.option("--grpc", nargs=2, metavar="/PKG.SVC/METHOD AUTHORITY", help="Print the metadata for this one gRPC call.")
+@click.option("--ticket", default="", metavar="SYSTEM:ID", help="The ticket it is done for, where policy wants one.")
+@click.option("--session", default="", help="The session it is done in, where policy wants one.")
 @request_id_option
 @reach_options
 @pass_output
@@ -156,6 +158,8 @@ def request(
     parameters: str,
     http: tuple[str, str] | None,
     grpc: tuple[str, str] | None,
+    ticket: str,
+    session: str,
     request_id: str,
     **options: Any,
 ) -> None:
@@ -166,7 +170,10 @@ def request(
     """
     asked, reach = _action(output, action, resource, audience, parameters), reach_from(output, options)
     token = ask(
-        output, reach, lambda broker: broker.request_action(asked, request_id=request_id), request_id=request_id
+        output,
+        reach,
+        lambda broker: broker.request_action(asked, request_id=request_id, ticket=ticket, session=session),
+        request_id=request_id,
     )
     headers = _headers(output, token, http, grpc)
     output.value({**_shown(token), "headers": headers})

@@ -14,7 +14,9 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from broker.action import check_uri
+from broker.cli.config_session import Session
 from broker.cli.config_signing import Approval, Provenance, Signing
+from broker.cli.config_ticket import Ticket
 from broker.cli.config_types import Id, Issuer, Listen, OrNone, Socket, Table, Target, TrustDomainName
 from broker.errors import Invalid
 
@@ -110,6 +112,8 @@ class Config(BaseSettings):
     signing: Signing = Signing()
     provenance: Provenance = Provenance()
     approval: Approval = Approval()
+    ticket: Ticket = Ticket()
+    session: Session = Session()
     audiences: dict[str, tuple[Id, ...]] = {}
 
     @classmethod

@@ -2,7 +2,7 @@
 
 Run it as the user and on the node that the broker runs as. It starts nothing, writes nothing and asks nobody but the
 SPIRE agent, a running broker (for its socket), and those that the configuration names: tokens, which it logs in to,
-the timestamp authority and the issuers of ID tokens.
+the timestamp authority, the issuers of ID tokens, the ticket systems and the transmitters of security events.
 """
 
 import asyncio
@@ -18,8 +18,10 @@ from broker.cli.config import Config
 from broker.cli.doctor_evidence import approvals, provenance
 from broker.cli.doctor_finding import Finding, broken, ok, warning
 from broker.cli.doctor_identity import identity, kernel, look_at_socket
+from broker.cli.doctor_session import transmitters
 from broker.cli.doctor_signing import signing
 from broker.cli.doctor_store import policy, store
+from broker.cli.doctor_ticket import tickets
 from broker.cli.log import configure_log
 from broker.cli.output import REFUSED, Output, pass_output
 
@@ -41,6 +43,8 @@ async def examine(config: Config, now: datetime) -> list[Finding]:
         *[finding async for finding in signing(config, now)],
         *provenance(config),
         *[finding async for finding in approvals(config)],
+        *[finding async for finding in tickets(config)],
+        *[finding async for finding in transmitters(config)],
         _front(config),
     ]
 

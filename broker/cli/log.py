@@ -5,6 +5,8 @@ import sys
 
 import structlog
 
+_OF_GUARDS = ("reason", "detail", "correlation_id")  # what guards log of a refusal beside its line; not what others do
+
 
 def configure_log(level: str, *, as_json: bool) -> None:
     """Logs go to stderr: JSON lines for a service, text for a terminal. No log call is ever given a credential."""
@@ -27,7 +29,8 @@ def configure_log(level: str, *, as_json: bool) -> None:
     foreign = logging.StreamHandler(sys.stderr)
     foreign.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(_OF_GUARDS), *shared],
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[foreign], force=True)

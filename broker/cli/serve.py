@@ -15,10 +15,14 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from attestors.contract import Attestor
 from attestors.process import ProcessAttestor
 from attestors.spire import SpireAttestor
 from broker.approvals import Approvals
 from broker.cli.config import Config
+from broker.cli.serve_evidence import Evidence, open_evidence
+from broker.cli.serve_scope import ScopeParts, open_scope, watching
+from broker.cli.serve_sessions import SessionParts, open_sessions
 from broker.cli.serve_signing import Watches, open_approvals, open_means, signing_attestors
 from broker.credentials.keyring import KeyRing
 from broker.decision.attest import Attestation
@@ -27,9 +31,13 @@ from broker.decision.quota import Quota
 from broker.decision.store import PolicyStore
 from broker.edges.grpc_approvals import ApprovalsService
 from broker.edges.grpc_peer import Identifier
+from broker.edges.grpc_revocation import RevocationCalls
+from broker.edges.grpc_scope import ScopeService
 from broker.edges.grpc_server import MAX_CONNECTIONS, ActionBrokerService, GrpcServer
+from broker.edges.grpc_sessions import SessionCalls
 from broker.edges.http_app import build_app, build_operations_app
 from broker.edges.http_approvals import ApprovalEndpoints
+from broker.edges.http_asking import add_asking
 from broker.edges.http_server import HttpServer
 from broker.edges.metrics import Metrics
 from broker.edges.readiness import Readiness
@@ -74,9 +82,13 @@ class Broker:
         signing: Signing,
         approvals: Approvals,
         watches: Watches,
+        evidence: Evidence,
+        sessions: SessionParts,
+        scope: ScopeParts,
     ) -> None:
         self.config, self.exchange, self.metrics, self.readiness = config, exchange, metrics, readiness
-        self.signing, self.approvals, self.watches = signing, approvals, watches
+        self.signing, self.approvals, self.watches, self.evidence = signing, approvals, watches, evidence
+        self.sessions, self.scope = sessions, scope
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self.operations_port: int | None = None
@@ -115,9 +127,11 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
         spire, process, watches = SpireAttestor(same_pids), ProcessAttestor(read_process), Watches()
         stack.push_async_callback(process.close)
         signing_facts = signing_attestors(config, ledger, policies, workload_api, watches)
-        attestation = Attestation(
-            {"spire": spire, "process": process, **signing_facts}, config.limits.attest_timeout.total_seconds()
-        )
+        evidence = await open_evidence(stack, config, watches)
+        sessions = open_sessions(config, ledger, watches)
+        attestors: dict[str, Attestor] = {"spire": spire, "process": process, **signing_facts, **evidence.attestors}
+        attestors["session"] = sessions.attestor
+        attestation = Attestation(attestors, config.limits.attest_timeout.total_seconds())
         exchange = Exchange(
             issuer=config.issuer,
             snapshot=workload_api.snapshot,
@@ -134,9 +148,13 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
         approvals = open_approvals(config, exchange)
         signing = Signing(exchange, await open_means(stack, config, clock, watches))
         stack.push_async_callback(signing.close)
+        scope = await open_scope(exchange, attestors, process.follow, clock)
+        stack.push_async_callback(scope.close)
+        workload_api.subscribe(scope.watch.offer_trust)
+        scope_goes_on = await stack.enter_async_context(watching(scope, exchange, clock))
         metrics = Metrics()
         readiness = Readiness(exchange=exchange, trust_domain=config.trust_domain)
-        broker = Broker(config, exchange, metrics, readiness, signing, approvals, watches)
+        broker = Broker(config, exchange, metrics, readiness, signing, approvals, watches, evidence, sessions, scope)
         tls = ServerTls(workload_api.snapshot())
         workload_api.subscribe(tls.offer)
         grpc_server = await _start_grpc(stack, broker, tls, clock)
@@ -147,6 +165,7 @@ async def running(config: Config, clock: Callable[[], datetime] = utc_now) -> As
                 tasks.create_task(watches.watch()),
                 tasks.create_task(_maintain(keyring, clock)),
                 tasks.create_task(_tell(broker, grpc_server, clock)),
+                tasks.create_task(scope_goes_on()),
             ]
             try:
                 yield broker
@@ -184,13 +203,15 @@ class BrokerIdentityError(Exception):
     """SPIRE gives us another identity than the configuration says."""
 
 
+def _audiences(config: Config) -> dict[str, frozenset[str]]:
+    """Who speaks for an audience that is no SPIFFE ID."""
+    return {audience: frozenset(str(SpiffeId.parse(one)) for one in ids) for audience, ids in config.audiences.items()}
+
+
 async def _start_grpc(
     stack: contextlib.AsyncExitStack, broker: Broker, tls: ServerTls, clock: Callable[[], datetime]
 ) -> GrpcServer:
-    config, exchange = broker.config, broker.exchange
-    audiences = {
-        audience: frozenset(str(SpiffeId.parse(item)) for item in ids) for audience, ids in config.audiences.items()
-    }
+    config, exchange, audiences = broker.config, broker.exchange, _audiences(broker.config)
     private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="action-broker-")))  # 0700
     front = None
     if config.unix.socket is not None:
@@ -208,7 +229,7 @@ async def _start_grpc(
     identifier = Identifier(exchange, front.peer if front is not None else lambda _: None)
     service = ActionBrokerService(
         exchange,
-        Recheck(exchange, audiences),
+        Recheck(exchange, broker.scope.again, broker.scope.deciding, audiences),
         Operators(exchange),
         broker.signing,
         identifier=identifier,
@@ -216,9 +237,25 @@ async def _start_grpc(
         clock=clock,
     )
     approvals = ApprovalsService(broker.approvals, exchange, identifier=identifier, metrics=broker.metrics, clock=clock)
+    scope = ScopeService(
+        exchange,
+        broker.scope.feed,
+        audiences,
+        SessionCalls(broker.sessions.scoring(exchange), identifier),
+        RevocationCalls(broker.scope.revocations, broker.scope.emergencies, identifier),
+        identifier=identifier,
+        metrics=broker.metrics,
+        clock=clock,
+    )
+    broker.metrics.scope_watchers.set_function(lambda: len(scope.watchers))
+    broker.metrics.scope_live.set_function(lambda: len(exchange.scope.live))
+    standing = exchange.scope.standing
+    broker.metrics.break_glass.set_function(standing.permits)
+    broker.metrics.standing_denials.set_function(lambda: len(standing) - standing.permits())
     server = GrpcServer(
         service,
         approvals,
+        scope,
         max_concurrent=config.grpc.max_concurrent_requests,
         max_connection_age_s=config.grpc.max_connection_age_s,
         max_connections=max(MAX_CONNECTIONS, config.unix.max_connections),
@@ -247,6 +284,11 @@ async def _start_http(
         app = build_app(broker.exchange, broker.metrics, broker.readiness, clock, operations=not apart)
         if broker.config.approval.issuers:
             ApprovalEndpoints(broker.approvals, broker.exchange, broker.metrics, clock).add_to(app)
+        broker.evidence.add_to(app, broker.exchange, broker.metrics, clock)
+        broker.sessions.add_to(app, broker.exchange, broker.metrics, clock)
+        deciding = broker.scope.deciding
+        recheck = Recheck(broker.exchange, broker.scope.again, deciding, _audiences(broker.config))
+        add_asking(app, broker.exchange, recheck, deciding, broker.metrics, clock)
         broker.http_port = await _listen(stack, app, table.listen, tls.http_context())
     if table.operations_listen is not None:
         app = build_operations_app(broker.metrics, broker.readiness, clock)

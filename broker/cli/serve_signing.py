@@ -73,7 +73,7 @@ def signing_attestors(
     file = config.provenance.trust_file
     if file is None:
         return attestors
-    with _Mistakes() as mistakes:
+    with Mistakes() as mistakes:
         with mistakes.of("provenance.trust_file"):
             trust = CurrentTrust(lambda: read_trust_file(file).load())
         with mistakes.of("provenance.sigstore_trusted_root"):
@@ -103,7 +103,7 @@ def _sigstore(root: str | None, watches: Watches) -> SigstoreCheck | None:
     return current
 
 
-class _Mistakes:
+class Mistakes:
     """Collects what is wrong, so that it is told at once."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ async def open_means(
     keys: dict[str, NamedKey] = {}
     authority: CurrentAuthority | None = None
     timestamps: TimestampAuthority | None = None
-    with _Mistakes() as mistakes:
+    with Mistakes() as mistakes:
         for name, token in table.tokens.items():
             with mistakes.of(f"signing.tokens.{name}"):
                 tokens[name] = stack.enter_context(Token(token.module, token.label, token.pin_file, token.sessions))
@@ -196,7 +196,7 @@ def open_approvals(config: Config, exchange: Exchange) -> Approvals:
     """The desk for approvals, which the exchange then uses. Raises: SetupError."""
     folder, texts = config.approval.templates_folder, Texts()
     issuers: dict[str, OidcIssuer] = {}
-    with _Mistakes() as mistakes:
+    with Mistakes() as mistakes:
         if folder is not None:
             with mistakes.of("approval.templates_folder"):
                 texts = Texts.load(folder)

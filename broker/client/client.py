@@ -1,20 +1,22 @@
 """The client: typed calls to the broker, each bounded in time, each answer a value or an exception."""
 
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any, Final, Self
 
 import grpc
 
-from broker._proto.actionbroker.v1 import broker_pb2
+from broker._proto.actionbroker.v1 import broker_pb2, scope_pb2
 from broker.action import Action, canonical_json, check_random_id
 from broker.client import routes
 from broker.client.approvals import ApprovalCalls
 from broker.client.faults import refusal, unintelligible
 from broker.client.link import Method, authority_of
 from broker.client.routes import Route
+from broker.client.scope import ScopeCalls, watch
+from broker.client.sessions import SessionCalls
 from broker.client.signing import SigningCalls
 from broker.client.stream import TokenStream
 from broker.client.token import ActionToken
@@ -120,7 +122,7 @@ class Client:
             raise RuntimeError("make calls inside `async with Client.unix(...) as broker:`")
         return self._opened
 
-    async def request(
+    async def request(  # noqa: PLR0913 -- what may be said of one request; all but the act is optional
         self,
         name: str,
         resource: str,
@@ -128,29 +130,44 @@ class Client:
         parameters: Mapping[str, Any] | None = None,
         *,
         request_id: str = "",
+        ticket: str = "",
+        session: str = "",
         deadline_s: float | None = None,
     ) -> ActionToken:
         """A token for one act: `name` done on `resource` at `audience` with exactly these `parameters`.
 
         request_id: 16 to 64 of A-Z a-z 0-9 - _, random, where policy wants approvals: they are given to it, and asking
-        with the same one again uses them. Raises: Refused (ApprovalRequired), Invalid, Unavailable.
+        with the same one again uses them. ticket: "<system>:<id>" of the one it is done for, session: the one it is
+        done in, where policy wants them. Raises: Refused (ApprovalRequired), Invalid, Unavailable.
         """
         action = Action(name, resource, audience, parameters or {})
-        return await self.request_action(action, request_id=request_id, deadline_s=deadline_s)
+        return await self.request_action(
+            action, request_id=request_id, ticket=ticket, session=session, deadline_s=deadline_s
+        )
 
     async def request_action(
-        self, action: Action, *, request_id: str = "", deadline_s: float | None = None
+        self,
+        action: Action,
+        *,
+        request_id: str = "",
+        ticket: str = "",
+        session: str = "",
+        deadline_s: float | None = None,
     ) -> ActionToken:
         """The same for an Action."""
         route = self._route
         message = broker_pb2.RequestActionTokenRequest(
-            action=to_wire(action), spiffe_id=self._spiffe_id, request_id=request_id
+            action=to_wire(action),
+            spiffe_id=self._spiffe_id,
+            request_id=request_id,
+            ticket=ticket,
+            session=session,
         )
         answer = await route.link.call(_REQUEST, message, self._seconds(deadline_s))
         return route.holder.take(answer.token, action, answer.correlation_id)
 
     async def request_many(
-        self, actions: Sequence[Action], *, deadline_s: float | None = None
+        self, actions: Sequence[Action], *, ticket: str = "", session: str = "", deadline_s: float | None = None
     ) -> list[ActionToken | Refused | Unavailable]:
         """The answer to each of up to 256 actions, in their order: one key proof, one decision for each.
 
@@ -159,7 +176,9 @@ class Client:
         if not 0 < len(actions) <= MAX_BATCH:
             raise Invalid(f"a batch has 1 to {MAX_BATCH} actions: ask in parts, or use `stream()`")
         route = self._route
-        message = broker_pb2.RequestActionTokensRequest(actions=map(to_wire, actions), spiffe_id=self._spiffe_id)
+        message = broker_pb2.RequestActionTokensRequest(
+            actions=map(to_wire, actions), spiffe_id=self._spiffe_id, ticket=ticket, session=session
+        )
         answer = await route.link.call(_REQUEST_MANY, message, self._seconds(deadline_s))
         if len(answer.results) != len(actions):
             raise unintelligible(f"{len(answer.results)} results for {len(actions)} actions")
@@ -193,6 +212,20 @@ class Client:
         return routes.service(target, service_id=service_id, svid=token.svid, workload_api=route.workload_api)
 
     @property
+    def scope(self) -> ScopeCalls:
+        """What operators change of scope: revocations, standing denials, break-glass."""
+        return ScopeCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
+
+    def watch_scope(
+        self, audiences: Sequence[str], *, feed: str = "", after: int = 0
+    ) -> AsyncGenerator[scope_pb2.WatchResponse]:
+        """What the broker tells guards of these audiences, until the stream breaks off: `ScopeFeed` follows it.
+
+        feed, after: where an earlier stream ended. Raises: BrokerError.
+        """
+        return watch(self._route.link, audiences, feed=feed, after=after, spiffe_id=self._spiffe_id)
+
+    @property
     def signing(self) -> SigningCalls:
         """Grants, signatures and signing certificates."""
         return SigningCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
@@ -201,6 +234,11 @@ class Client:
     def approvals(self) -> ApprovalCalls:
         """What waits for approval: to look at, to approve, to withdraw, to wait for."""
         return ApprovalCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
+
+    @property
+    def sessions(self) -> SessionCalls:
+        """Agents' sessions, to score."""
+        return SessionCalls(self._route.link, spiffe_id=self._spiffe_id, seconds=self._deadline_s)
 
     async def check(self, token: str, action: Action, *, deadline_s: float | None = None) -> None:
         """Returns when the broker would mint `token` for `action` again now. For the token's own audience.

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from broker._proto.actionbroker.v1 import approvals_pb2_grpc, broker_pb2_grpc
+from broker._proto.actionbroker.v1 import approvals_pb2_grpc, broker_pb2_grpc, scope_pb2_grpc
 from broker.action import check_uri
 from broker.client.faults import RefusedByBroker, Unreachable, from_rpc, late
 from broker.client.nonces import Nonce, NoncePool
@@ -20,8 +20,11 @@ from broker.errors import BrokerError, Invalid, Reason
 
 SERVICE: Final = "actionbroker.v1.ActionBroker"
 APPROVALS: Final = "actionbroker.v1.Approvals"
+SCOPE: Final = "actionbroker.v1.Scope"
 PROOF: Final = "dpop"
 NONCE: Final = "dpop-nonce"
+SILENCE_MS: Final = 5_000
+"""Of a connection with calls on it: after so long it is asked whether it lives, and after so long again given up."""
 MAX_ANSWER: Final = 8 * 1024 * 1024  # bytes: 256 tokens of 16 KiB, and the rest of a batch's answer
 _Q = TypeVar("_Q")
 _R = TypeVar("_R")
@@ -33,6 +36,7 @@ class Stubs:
 
     broker: "broker_pb2_grpc.ActionBrokerAsyncStub"
     approvals: "approvals_pb2_grpc.ApprovalsAsyncStub"
+    scope: "scope_pb2_grpc.ScopeAsyncStub"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,11 +136,16 @@ class Link:
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.max_receive_message_length", MAX_ANSWER),
+                ("grpc.keepalive_time_ms", SILENCE_MS),
+                ("grpc.http2.ping_timeout_ms", SILENCE_MS),
+                ("grpc.http2.max_pings_without_data", 0),  # who listens to a feed sends none
             ],
         )
         self._channels.append(channel)
         self.stubs = Stubs(
-            broker=broker_pb2_grpc.ActionBrokerStub(channel), approvals=approvals_pb2_grpc.ApprovalsStub(channel)
+            broker=broker_pb2_grpc.ActionBrokerStub(channel),
+            approvals=approvals_pb2_grpc.ApprovalsStub(channel),
+            scope=scope_pb2_grpc.ScopeStub(channel),
         )
 
     def proof(self, name: str, nonce: Nonce | None, service: str = SERVICE) -> str:

@@ -100,14 +100,27 @@ class SigningCalls:
     def __init__(self, link: Link, *, spiffe_id: str, seconds: float) -> None:
         self._link, self._spiffe_id, self._seconds = link, spiffe_id, max(seconds, SIGNING_DEADLINE_S)
 
-    async def grant(self, action: Action, provenance: Sequence[bytes] = (), *, request_id: str = "") -> SigningGrant:
+    async def grant(
+        self,
+        action: Action,
+        provenance: Sequence[bytes] = (),
+        *,
+        request_id: str = "",
+        ticket: str = "",
+        session: str = "",
+    ) -> SigningGrant:
         """Leave for one signature, after a fresh look at caller, provenance and approvals.
 
-        action: of `signing_action`. provenance: DSSE envelopes or Sigstore bundles. request_id: as in `Client.request`.
+        action: of `signing_action`. provenance: DSSE envelopes or Sigstore bundles. Others: as in `Client.request`.
         Raises: ApprovalRequired (a Refused) with what to approve.
         """
         message = signing_pb2.RequestSigningGrantRequest(
-            action=to_wire(action), provenance=provenance, request_id=request_id, spiffe_id=self._spiffe_id
+            action=to_wire(action),
+            provenance=provenance,
+            request_id=request_id,
+            spiffe_id=self._spiffe_id,
+            ticket=ticket,
+            session=session,
         )
         answer = await self._call(_GRANT, message, self._seconds)
         if not answer.grant.grant or answer.grant.expires_at.seconds <= 0:

@@ -49,18 +49,30 @@ class TokenStream:
         audience: str,
         parameters: Mapping[str, Any] | None = None,
         *,
+        ticket: str = "",
+        session: str = "",
         deadline_s: float | None = None,
     ) -> ActionToken:
         """As `Client.request`."""
-        return await self.request_action(Action(name, resource, audience, parameters or {}), deadline_s=deadline_s)
+        action = Action(name, resource, audience, parameters or {})
+        return await self.request_action(action, ticket=ticket, session=session, deadline_s=deadline_s)
 
-    async def request_action(self, action: Action, *, deadline_s: float | None = None) -> ActionToken:
+    async def request_action(
+        self, action: Action, *, ticket: str = "", session: str = "", deadline_s: float | None = None
+    ) -> ActionToken:
         """As `Client.request_action`."""
         wire = to_wire(action)
         seconds = self._seconds if deadline_s is None else deadline_s
 
         def message(proof: str) -> _Request:
-            return _Request(action=wire, spiffe_id=self._spiffe_id, dpop=proof, message_id=next(self._ids))
+            return _Request(
+                action=wire,
+                spiffe_id=self._spiffe_id,
+                dpop=proof,
+                message_id=next(self._ids),
+                ticket=ticket,
+                session=session,
+            )
 
         async def attempt(left: float) -> broker_pb2.ActionTokenResult:
             try:

@@ -13,7 +13,7 @@ import msgspec
 from broker._proto.actionbroker.v1 import broker_pb2
 from broker.action import Action
 from broker.client.faults import unintelligible
-from broker.credentials import action_token, jose
+from broker.credentials import action_token, jose, mcp_call
 from broker.credentials.action_token import Confirmation, Use
 from broker.credentials.dpop import ProofKey
 from broker.errors import Invalid
@@ -79,6 +79,16 @@ class ActionToken:
         Raises: Invalid when `url` is no http or https URL.
         """
         return self._credentials(method.upper(), _htu(url), nonce, now)
+
+    def mcp_meta(self, tool: str, *, now: datetime | None = None) -> dict[str, str]:
+        """The `_meta` of one call of an MCP tool over stdio, to be used once; over HTTP there are `http_headers`.
+
+        Raises: Invalid where no tool has such a name, or the token is bound to a certificate: stdio has none.
+        """
+        if self.key is None:
+            raise Invalid("a token bound to a certificate needs TLS: ask for one bound to a key")
+        found = self._credentials("POST", mcp_call.proof_url(self.action.audience, tool), None, now)
+        return {mcp_call.AUTHORIZATION: found["authorization"], mcp_call.DPOP: found["dpop"]}
 
     def _credentials(self, method: str, htu: str, nonce: str | None, now: datetime | None) -> dict[str, str]:
         found = {"authorization": f"{self.token_type} {self.access_token}"}

@@ -123,6 +123,17 @@ def parse(token: str | bytes, *, typ: str) -> Jws:
     )
 
 
+def type_of(token: str) -> str:
+    """The `typ` that a compact JWS claims, whatever signed it. Raises: Invalid where it is none, or has none.
+
+    Not checked: anything else of it.
+    """
+    parts = token.encode("ascii", "replace").split(b".")
+    if len(token) > MAX_TOKEN or len(parts) != 3:
+        raise Invalid("not a compact JWS")
+    return _parse_header(parts[0]).typ
+
+
 def verify(jws: Jws, key: ec.EllipticCurvePublicKey) -> None:
     """Verifies the signature. Raises: Refused(UNAUTHENTICATED)."""
     r, s = int.from_bytes(jws.signature[:_COORDINATE]), int.from_bytes(jws.signature[_COORDINATE:])

@@ -6,12 +6,16 @@ from datetime import datetime
 
 from attestors.contract import AttestationFailed, AttestationRequest, AttestationUnavailable, Attestor, Facts
 from broker.decision.policy import Slice
-from broker.decision.question import PROVENANCE
+from broker.decision.question import PROVENANCE, SESSION, TICKET
 from broker.decision.rules import ASKED, IDENTIFIED
 from broker.errors import BrokerError, Reason, Refused, Unavailable
 
 # What a caller hears of evidence that is wrong or too old, where it is not about the caller: it may have better.
-_FAILED = {PROVENANCE: Reason.PROVENANCE_REJECTED}
+_FAILED = {
+    PROVENANCE: Reason.PROVENANCE_REJECTED,
+    SESSION: Reason.SESSION_RISK,
+    TICKET: Reason.TICKET_CLOSED,
+}
 
 
 class Attestation:
@@ -32,17 +36,21 @@ class Attestation:
         """The attestors that are configured."""
         return frozenset(self._attestors)
 
-    async def gather(self, part: Slice, request: AttestationRequest, now: datetime) -> Mapping[str, Facts]:
+    async def gather(
+        self, part: Slice, request: AttestationRequest, now: datetime, also: frozenset[str] = frozenset()
+    ) -> Mapping[str, Facts]:
         """The facts that the slice needs, by attestor; an attestor with nothing to say is left out.
 
-        Facts that identification gathered for this very request are taken as they are.
+        Facts that identification gathered for this very request are taken as they are. also: attestors that have to say
+        yes although no policy of the slice names them.
 
         Raises: Refused(NOT_ATTESTED) when one looked and the caller is not what it claims, Refused(PROVENANCE_REJECTED)
         when it was the artifacts' provenance; Refused(EXPIRED); Unavailable when one could not look, failed, took too
         long or is not configured. A refusal outweighs those.
         """
-        found = {name: request.known[name] for name in part.attestors & request.known.keys()}
-        waiting = sorted(part.attestors - found.keys() - IDENTIFIED)
+        wanted = part.attestors | also
+        found = {name: request.known[name] for name in wanted & request.known.keys()}
+        waiting = sorted(wanted - found.keys() - IDENTIFIED)
         if waiting:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._attest(name, request, now)) for name in waiting]
@@ -55,6 +63,18 @@ class Attestation:
             if facts.expires_at is not None and facts.expires_at <= now:
                 raise Refused(_FAILED.get(name, Reason.EXPIRED), f"{name} facts had expired when they were gathered")
         return found
+
+    async def look(self, name: str, request: AttestationRequest, now: datetime) -> Facts | None:
+        """What one attestor says now; None also where it is not configured and nobody asked it before.
+
+        Raises: Refused, Unavailable.
+        """
+        if name not in self._attestors:
+            return None
+        answer = await self._attest(name, request, now)
+        if isinstance(answer, BrokerError):
+            raise answer
+        return answer
 
     async def _attest(self, name: str, request: AttestationRequest, now: datetime) -> Facts | BrokerError | None:
         """One attestor's answer; never raises but when cancelled, so that no task of the group ends another."""

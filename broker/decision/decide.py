@@ -9,11 +9,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from attestors.contract import Facts
 from broker.action import MAX_INTEGER, Action, canonical_json
-from broker.decision.obligations import Use, combine
+from broker.decision.obligations import Obligations, Use, combine
 from broker.decision.policy import Policy, Slice
 from broker.decision.question import PROVENANCE, Answer, asked_signer, put
 from broker.errors import Reason, Refused
@@ -22,7 +22,17 @@ from broker.identity.person import Principal
 # What tells where the caller runs; the rest of the facts are about the act or about who asked for it.
 _ENVIRONMENT = ("kubernetes", "process", "spire")
 
+BREAK_GLASS: Final = "break-glass:"  # begins the names of policies that are permits for an emergency
+
 _seal = object()  # never leaves this module: what is not sealed with it is no Grant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permit:
+    """Leave, beside policy, to do what it was looked up for, until then (broker/scope/standing.py)."""
+
+    id: str
+    until: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +41,9 @@ class Grant:
 
     expires_at: the earliest of what bounds it (invariant 3). use: how often the credential counts.
     policies: ids of the permits that gave it; where a signature is asked for, those that give its signer.
-    environment_digest: SHA-256 over RFC 8785 JSON of what the kubernetes, process and spire attestors saw.
-    provenance_digest: the same of what the provenance attestor saw, None where it saw nothing.
+    provenance_digest: SHA-256 over RFC 8785 JSON of what the provenance attestor saw, None where it saw nothing.
+    heard: how many changes the broker had heard of before it looked. permit: the id of the break-glass permit that
+    gave it, "" where policy did.
     """
 
     principal: Principal
@@ -42,14 +53,21 @@ class Grant:
     policies: tuple[str, ...]
     policy_revision: str
     facts: Mapping[str, Facts]
-    environment_digest: bytes
     provenance_digest: bytes | None
+    heard: int
+    permit: str
     seal: InitVar[object]
     _unspent: list[bool] = field(default_factory=lambda: [True], init=False, repr=False, compare=False)
 
     def __post_init__(self, seal: object) -> None:
         if seal is not _seal:
             raise TypeError("only decide() makes a Grant")
+
+    @property
+    def environment_digest(self) -> bytes:
+        """SHA-256 over RFC 8785 JSON of what the kubernetes, process and spire attestors saw."""
+        seen = {name: self.facts[name].values for name in _ENVIRONMENT if name in self.facts}
+        return hashlib.sha256(canonical_json(seen, plain=_is_plain(seen))).digest()
 
     def spend(self) -> None:
         """Uses it up. Raises: Refused(ALREADY_USED) when it was spent before."""
@@ -62,7 +80,7 @@ class Grant:
         raise TypeError("a Grant cannot be copied or stored: decide again")
 
 
-def decide(
+def decide(  # noqa: PLR0913 -- all that a decision may rest on; it reads nothing else
     policy: Policy,
     principal: Principal,
     action: Action,
@@ -70,11 +88,14 @@ def decide(
     now: datetime,
     *,
     not_after: datetime,
+    permit: Permit | None = None,
+    heard: int = 0,
 ) -> Grant:
     """May `principal` do `action`, given `facts`?
 
     facts: by attestor name; all of them bound the grant, those that the action needs are shown to its policies.
-    not_after: when the caller's SVID, a parent credential or the person's ID token ends.
+    not_after: when the caller's SVID, a parent credential or the person's ID token ends. permit: stands in for a policy
+    that permits, where none does and none forbids. heard: see Grant.
 
     A signature is granted only by permits that give the signer that is asked for; these alone bound it.
 
@@ -93,12 +114,19 @@ def decide(
         reason = reason_of_missing(missing)
         raise Refused(reason, f"{action.name} requires evidence that is missing: {', '.join(sorted(missing))}")
     answer = put(part, principal, action, facts).ask(part.policies, part.schema)
+    if permit is not None and now < permit.until and answer.nobody_spoke and asked_signer(action) is None:
+        ends.append(permit.until)
+        granting: tuple[str, ...] = (f"{BREAK_GLASS}{permit.id}",)
+        return _grant(policy, Obligations(), granting, principal, action, facts, now, min(ends), heard, permit.id)
     if not answer.allowed:
         raise Refused(Reason.DENIED, _why_not(answer))
     granting = granted_by(part, answer, action)
     if not granting:
         raise Refused(Reason.DENIED, f"no policy that permits it gives the signer {asked_signer(action)!r:.80}")
-    return _grant(policy, part, granting, principal, action, facts, now, min(ends))
+    obligations = (
+        part.obligations[granting[0]] if len(granting) == 1 else combine(part.obligations[name] for name in granting)
+    )
+    return _grant(policy, obligations, granting, principal, action, facts, now, min(ends), heard, "")
 
 
 def granted_by(part: Slice, answer: Answer, action: Action) -> tuple[str, ...]:
@@ -116,15 +144,16 @@ def reason_of_missing(missing: AbstractSet[str]) -> Reason:
 
 def _grant(  # noqa: PLR0913, PLR0917 -- the parts of one value
     policy: Policy,
-    part: Slice,
+    obligations: Obligations,
     granting: tuple[str, ...],
     principal: Principal,
     action: Action,
     facts: Mapping[str, Facts],
     now: datetime,
     bound: datetime,
+    heard: int,
+    permit: str,
 ) -> Grant:
-    obligations = combine(part.obligations[name] for name in granting)
     return Grant(
         principal=principal,
         action=action,
@@ -133,8 +162,9 @@ def _grant(  # noqa: PLR0913, PLR0917 -- the parts of one value
         policies=granting,
         policy_revision=policy.revision,
         facts=MappingProxyType(dict(facts)),
-        environment_digest=_environment_digest(facts),
         provenance_digest=facts_digest(facts[PROVENANCE]) if PROVENANCE in facts else None,
+        heard=heard,
+        permit=permit,
         seal=_seal,
     )
 
@@ -145,11 +175,6 @@ def _why_not(answer: Answer) -> str:
     if answer.policies:
         return f"forbidden by {', '.join(answer.policies)}"
     return "no policy permits it"
-
-
-def _environment_digest(facts: Mapping[str, Facts]) -> bytes:
-    seen = {name: facts[name].values for name in _ENVIRONMENT if name in facts}
-    return hashlib.sha256(canonical_json(seen, plain=_is_plain(seen))).digest()
 
 
 def facts_digest(facts: Facts) -> bytes:

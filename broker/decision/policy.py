@@ -4,6 +4,7 @@ A slice holds what a decision about its action needs and nothing else, so that a
 the folder holds ten policies or ten thousand.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Slice:
     required, optional: the evidence in its context. attestors: whose facts are to be gathered: what is required, and
     of the optional what a policy names; what only identification can tell is among them.
     parameters: whether the action takes them, None where it does not; True where it must have them.
-    audience: whether policies see it. signs: whether a signature may be asked for.
+    audience: whether policies see it. signs: whether a signature may be asked for. digest: names all of this, so that
+    two slices of one digest decide alike.
     schema: the whole one, shared by all slices. entities: this action and its groups alone, since a decision copies
     them; parsed with their schema, for without it Cedar knows no groups, and a `forbid … action in Group` would
     silently not apply.
@@ -44,6 +46,7 @@ class Slice:
     parameters: bool | None
     audience: bool
     signs: bool
+    digest: bytes
     obligations: Mapping[str, Obligations]
 
 
@@ -96,8 +99,9 @@ def compile_documents(documents: Documents) -> Policy:
     if findings:
         raise PolicyError(findings)
     index = _index(rules)
+    seed = _schemas_digest(documents.schemas)
     slices = {
-        name: _slice(action, [rules[n] for n in _applicable(action, index)], declarations.schema, schemas[name])
+        name: _slice(action, [rules[n] for n in _applicable(action, index)], declarations.schema, schemas[name], seed)
         for name, action in requestable.items()
     }
     return Policy(revision=documents.revision, rules=tuple(rules), slices=MappingProxyType(slices))
@@ -117,7 +121,17 @@ def _applicable(action: ActionDeclaration, index: Mapping[str | None, list[int]]
     return sorted({n for name in (None, action.name, *action.groups) for n in index.get(name, [])})
 
 
-def _slice(action: ActionDeclaration, rules: list[Rule], schema: Schema, own_schema: Schema) -> Slice:
+def _schemas_digest(schemas: Mapping[str, str]) -> bytes:
+    """Names these schemas: any change to one may change what every action means."""
+    return hashlib.sha256(json.dumps(sorted(schemas.items())).encode()).digest()
+
+
+def _digest(seed: bytes, action: ActionDeclaration, rules: list[Rule]) -> bytes:
+    texts = [[rule.id, rule.text] for rule in rules]
+    return hashlib.sha256(seed + json.dumps([action.name, texts]).encode()).digest()
+
+
+def _slice(action: ActionDeclaration, rules: list[Rule], schema: Schema, own_schema: Schema, seed: bytes) -> Slice:
     forms = {rule.id: {**rule.form, "annotations": {}} for rule in rules}  # they were read; Cedar has no use for them
     policy_set = {"staticPolicies": forms, "templates": {}, "templateLinks": []}
     evidence = {name: must for name, must in action.context.items() if name not in ASKED}
@@ -136,5 +150,6 @@ def _slice(action: ActionDeclaration, rules: list[Rule], schema: Schema, own_sch
         parameters=action.context.get(PARAMETERS),
         audience=AUDIENCE in action.context,
         signs=bool(action.signing),
+        digest=_digest(seed, action, rules),
         obligations={rule.id: rule.obligations for rule in rules},
     )

@@ -23,6 +23,8 @@ from broker.identity.spiffe_id import SCHEME
 
 PROVENANCE: Final = "provenance"
 APPROVAL: Final = "approval"
+SESSION: Final = "session"
+TICKET: Final = "ticket"
 
 # Cedar's JSON escapes: under these names it reads an entity or an extension value, whatever the schema says is there.
 # https://docs.cedarpolicy.com/auth/entities-syntax.html
@@ -46,6 +48,11 @@ class Answer:
     policies: tuple[str, ...]
     errors: tuple[str, ...]
     undecided: bool
+
+    @property
+    def nobody_spoke(self) -> bool:
+        """Whether it was not allowed for one reason alone: no policy permits it, and none forbids it."""
+        return not (self.allowed or self.policies or self.errors or self.undecided)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

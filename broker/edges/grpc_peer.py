@@ -14,7 +14,7 @@ from broker.errors import Reason, Refused
 from broker.exchange import Caller, Exchange, KeyProof
 from broker.identity.identify import Identified
 from broker.identity.peer import Peer
-from broker.redemption import Presenter
+from broker.spending import Presenter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 MetadataItem = tuple[str, str | bytes]

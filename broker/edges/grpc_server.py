@@ -17,6 +17,8 @@ from broker.edges.grpc_answers import Answers, Clock
 from broker.edges.grpc_approvals import MAX_WAITS, ApprovalsService
 from broker.edges.grpc_approvals import SERVICE as APPROVALS
 from broker.edges.grpc_peer import SERVICE, Context, Identifier, correlation_id
+from broker.edges.grpc_scope import MAX_WATCHERS, ScopeService, add_to_server
+from broker.edges.grpc_scope import SERVICE as SCOPE
 from broker.edges.grpc_signing import SigningCalls
 from broker.edges.grpc_wire import timestamp, to_action
 from broker.edges.metrics import Metrics
@@ -36,6 +38,7 @@ from broker.edges.places import (
 from broker.errors import BrokerError, Invalid, Reason, Unavailable
 from broker.exchange import Caller, Exchange, Issued
 from broker.operate import Operators, Question
+from broker.presented import Presented
 from broker.recheck import Recheck
 from broker.sign import Signing
 
@@ -94,8 +97,9 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
             caller = await self._identifier.identify_call(
                 context, "RequestActionToken", request.spiffe_id, now, correlation
             )
+            presented = Presented(request_id=request.request_id, ticket=request.ticket, session=request.session)
             issued = await self._exchange.request(
-                caller, lambda: to_action(request.action), now, correlation, request_id=request.request_id
+                caller, lambda: to_action(request.action), now, correlation, presented
             )
             return broker_pb2.RequestActionTokenResponse(token=_token(issued), correlation_id=correlation)
 
@@ -116,16 +120,19 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                 self._exchange.refused(caller.identity, None, wrong, now, correlation, "request")
                 raise wrong
             self._exchange.admit_more(caller, len(request.actions) - 1)
-            each = (self._result(caller, action, now) for action in request.actions)
+            presented = Presented(ticket=request.ticket, session=request.session)
+            each = (self._result(caller, action, presented, now) for action in request.actions)
             return broker_pb2.RequestActionTokensResponse(results=await asyncio.gather(*each))
 
         return await self._calls.answer(context, "RequestActionTokens", "answered", work)
 
-    async def _result(self, caller: Caller, message: action_pb2.Action, now: datetime) -> broker_pb2.ActionTokenResult:
+    async def _result(
+        self, caller: Caller, message: action_pb2.Action, presented: Presented, now: datetime
+    ) -> broker_pb2.ActionTokenResult:
         correlation = correlation_id()
         try:
             with self._metrics.observe("ActionToken", "issued"):
-                issued = await self._exchange.request(caller, lambda: to_action(message), now, correlation)
+                issued = await self._exchange.request(caller, lambda: to_action(message), now, correlation, presented)
         except BrokerError as error:
             return broker_pb2.ActionTokenResult(refusal=_refusal(error, correlation), correlation_id=correlation)
         return broker_pb2.ActionTokenResult(token=_token(issued), correlation_id=correlation)
@@ -194,7 +201,10 @@ class ActionBrokerService(broker_pb2_grpc.ActionBrokerServicer):
                     context, "StreamActionTokens", message.spiffe_id, message.dpop or None, now, correlation
                 )
                 place.known(str(caller.identity.spiffe_id))
-                issued = await self._exchange.request(caller, lambda: to_action(message.action), now, correlation)
+                presented = Presented(ticket=message.ticket, session=message.session)
+                issued = await self._exchange.request(
+                    caller, lambda: to_action(message.action), now, correlation, presented
+                )
             result = broker_pb2.ActionTokenResult(token=_token(issued), correlation_id=correlation)
         except BrokerError as error:
             result = broker_pb2.ActionTokenResult(refusal=_refusal(error, correlation), correlation_id=correlation)
@@ -285,6 +295,7 @@ class GrpcServer:
         self,
         service: ActionBrokerService,
         approvals: ApprovalsService,
+        scope: ScopeService,
         *,
         max_concurrent: int,
         max_connection_age_s: int,
@@ -302,15 +313,18 @@ class GrpcServer:
             ("grpc.max_connection_age_grace_ms", 30_000),
             ("grpc.so_reuseport", 0),
             ("grpc.http2.bdp_probe", 0),  # a ping beside each request, to size windows that a request never fills
+            ("grpc.http2.min_ping_interval_without_data_ms", 2_000),  # clients ask if a quiet stream lives
         ]
         # Places for what stays open come on top, so that however many of them are taken, requests find theirs.
         still_open = max_concurrent + MAX_UNKNOWN_STREAMS + MAX_STREAMS + MAX_WATCHES + MAX_REFLECTIONS + MAX_WAITS
+        still_open += MAX_WATCHERS
         self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=max_concurrent + still_open)
         registrar = cast("grpc.aio.Server", Registrar(self._server, max_concurrent, service.refuse))
         self._health = Health()
-        names = (SERVICE, APPROVALS, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, APPROVALS, SCOPE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         broker_pb2_grpc.add_ActionBrokerServicer_to_server(service, registrar)
         approvals_pb2_grpc.add_ApprovalsServicer_to_server(approvals, registrar)
+        add_to_server(scope, registrar)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), registrar)
 

@@ -8,8 +8,9 @@ from broker.edges.grpc_peer import Context, Identifier
 from broker.edges.grpc_wire import timestamp, to_action
 from broker.errors import Refused
 from broker.exchange import Caller
-from broker.redemption import Spending
+from broker.presented import Presented
 from broker.sign import Signing
+from broker.spending import Spending
 
 
 class SigningCalls:
@@ -25,8 +26,9 @@ class SigningCalls:
         caller = await self._identifier.identify_call(
             context, "RequestSigningGrant", request.spiffe_id, now, correlation
         )
+        presented = Presented(request_id=request.request_id, ticket=request.ticket, session=request.session)
         issued = await self._signing.grant(
-            caller, lambda: to_action(request.action), request.provenance, request.request_id, now, correlation
+            caller, lambda: to_action(request.action), request.provenance, presented, now, correlation
         )
         grant = signing_pb2.SigningGrant(
             grant=issued.token,

@@ -15,6 +15,8 @@ from broker.edges.grpc_peer import correlation_id
 from broker.status import CORRELATION_ID
 
 CORRELATION: Final = web.RequestKey("correlation", str)
+OAUTH_PATHS: Final = web.AppKey("oauth_paths", set[str])
+"""Where answers are OAuth's: RFC 6749 section 5.2."""
 
 _log = structlog.get_logger(__name__)
 
@@ -31,7 +33,7 @@ def problem(status: int, correlation: str) -> web.Response:
 
 
 def oauth_problem(status: int, correlation: str) -> web.Response:
-    """The same at the token endpoint, whose clients read `error` (RFC 6749 section 5.2)."""
+    """The same at OAuth's endpoints, whose clients read `error` (RFC 6749 section 5.2)."""
     error = "invalid_request" if status < 500 else "server_error"
     return json_answer({"error": error, "correlation_id": correlation}, status=status)
 
@@ -49,17 +51,17 @@ async def finish_prepared(request: web.Request, response: web.StreamResponse) ->
     finish(response, request.get(CORRELATION) or correlation_id())
 
 
-def answer_everything(token_path: str | None = None) -> Middleware:
+def answer_everything() -> Middleware:
     """The middleware that gives each request its correlation id, turns what fails into JSON, and logs.
 
-    token_path: where answers are OAuth's. The log has the route as declared, never the path or query as sent.
+    The log has the route as declared, never the path or query as sent.
     """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = asyncio.get_running_loop().time()
         correlation = request[CORRELATION] = correlation_id()
-        failed = oauth_problem if request.path == token_path else problem
+        failed = oauth_problem if request.path in request.app.get(OAUTH_PATHS, ()) else problem
         try:
             response = await handler(request)
         except web.HTTPException as error:

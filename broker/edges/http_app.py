@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Protocol, Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from broker.action import check_uri
-from broker.edges.http_answers import answer_everything, finish_prepared, json_answer
-from broker.edges.http_token import TokenEndpoint, chain_of
+from broker.edges.http_answers import OAUTH_PATHS, answer_everything, finish_prepared, json_answer
+from broker.edges.http_clients import chain_of
+from broker.edges.http_token import TokenEndpoint
 from broker.edges.metrics import CONTENT_TYPE, Metrics
 from broker.edges.oauth import MAX_BODY, GrantType
 from broker.errors import BrokerError, Invalid
@@ -22,6 +24,8 @@ from broker.identity.jwt_svid import ALGORITHMS
 # A guard keeps keys for 300 s (guard/keys.py). `private`, so that no cache on the way adds its own 300 s to that.
 KEYS_CACHE: Final = "private, max-age=300"
 METADATA_CACHE: Final = "public, max-age=3600"
+METADATA: Final = web.AppKey("metadata", dict[str, object])
+"""RFC 8414: what is served, to which other endpoints add themselves before the application is started."""
 
 Clock = Callable[[], datetime]
 
@@ -39,6 +43,8 @@ class Endpoints:
 
     issuer: str
     token: str
+    introspection: str
+    revocation: str
     keys: str
     metadata: str
 
@@ -56,6 +62,8 @@ class Endpoints:
         return cls(
             issuer=issuer,
             token=f"{issuer}/oauth2/token",
+            introspection=f"{issuer}/oauth2/introspect",
+            revocation=f"{issuer}/oauth2/revoke",
             keys=f"{issuer}/.well-known/jwks.json",
             metadata=f"{origin}/.well-known/oauth-authorization-server{parts.path}",
         )
@@ -64,6 +72,16 @@ class Endpoints:
 def path_of(url: str) -> str:
     """Its path, as a route."""
     return urlsplit(url).path
+
+
+def client_authentication(endpoint: str) -> dict[str, list[str]]:
+    """RFC 8414 section 2: how clients authenticate at the endpoint of this name ("token", …)."""
+    return {
+        # draft-ietf-oauth-spiffe-client-auth -02 registers no names for its two methods; these are what others use for
+        # them. The first is RFC 8705's, for clients that know no more: to them an X.509-SVID is a client certificate.
+        f"{endpoint}_endpoint_auth_methods_supported": ["tls_client_auth", "spiffe_x509", "spiffe_jwt"],
+        f"{endpoint}_endpoint_auth_signing_alg_values_supported": sorted(ALGORITHMS),
+    }
 
 
 def server_metadata(endpoints: Endpoints) -> dict[str, object]:
@@ -75,10 +93,7 @@ def server_metadata(endpoints: Endpoints) -> dict[str, object]:
         "grant_types_supported": [str(kind) for kind in GrantType],
         # Required, and never an empty list (RFC 8414 section 3.2). There is no authorization endpoint to use it at.
         "response_types_supported": ["none"],
-        # draft-ietf-oauth-spiffe-client-auth -02 registers no names for its two methods; these are what others use for
-        # them. The first is RFC 8705's, for clients that know no more: to them an X.509-SVID is a client certificate.
-        "token_endpoint_auth_methods_supported": ["tls_client_auth", "spiffe_x509", "spiffe_jwt"],
-        "token_endpoint_auth_signing_alg_values_supported": sorted(ALGORITHMS),
+        **client_authentication("token"),
         "tls_client_certificate_bound_access_tokens": True,
         "dpop_signing_alg_values_supported": ["ES256"],
         "authorization_details_types_supported": ["action"],
@@ -96,17 +111,18 @@ def build_app(
     Raises: Invalid when the exchange's issuer is none.
     """
     endpoints = Endpoints.of(exchange.issuer)
-    token_path = path_of(endpoints.token)
-    app = _application(token_path)
-    document = json.dumps(server_metadata(endpoints)).encode()
+    app = _application()
+    app[METADATA] = server_metadata(endpoints)
+    app[OAUTH_PATHS] = set()
 
     async def metadata(_: web.Request) -> web.Response:
-        return web.Response(body=document, content_type="application/json", headers={"Cache-Control": METADATA_CACHE})
+        found = app[METADATA]
+        return document_answer(found)
 
     async def keys(request: web.Request) -> web.StreamResponse:
         return _key_set(request, exchange.keyring.key_set())
 
-    app.router.add_post(token_path, TokenEndpoint(exchange, metrics, clock, endpoints.token).post)
+    add_oauth(app, endpoints.token, TokenEndpoint(exchange, metrics, clock, endpoints.token).post)
     app.router.add_get(path_of(endpoints.metadata), metadata)
     app.router.add_get(path_of(endpoints.keys), keys)
     if operations:
@@ -124,6 +140,19 @@ def build_app(
     return app
 
 
+def add_oauth(app: web.Application, url: str, handler: Handler) -> None:
+    """Serves one of OAuth's endpoints. Before the application is started."""
+    app.router.add_post(path_of(url), handler)
+    app[OAUTH_PATHS].add(path_of(url))
+
+
+def document_answer(document: Mapping[str, object]) -> web.Response:
+    """A document of metadata, which changes with the configuration alone."""
+    answer = json_answer(document)
+    answer.headers["Cache-Control"] = METADATA_CACHE
+    return answer
+
+
 def build_operations_app(metrics: Metrics, readiness: Readiness, clock: Clock) -> web.Application:
     """Health, readiness and metrics alone, for a listener without TLS that only the platform reaches."""
     app = _application()
@@ -131,8 +160,8 @@ def build_operations_app(metrics: Metrics, readiness: Readiness, clock: Clock) -
     return app
 
 
-def _application(token_path: str | None = None) -> web.Application:
-    app = web.Application(middlewares=[answer_everything(token_path)], client_max_size=MAX_BODY)
+def _application() -> web.Application:
+    app = web.Application(middlewares=[answer_everything()], client_max_size=MAX_BODY)
     app.on_response_prepare.append(finish_prepared)
     return app
 

@@ -5,7 +5,6 @@ is shown for. A client certificate means nothing here: services approve over gRP
 9457 problems with our `reason` and `correlation_id`, and their status is that of the one table (status.py).
 """
 
-import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -21,6 +20,7 @@ from broker.action import parse_json
 from broker.approval_records import Shown
 from broker.approvals import Approvals
 from broker.edges.http_answers import CORRELATION, json_answer
+from broker.edges.http_body import Unreadable, read_body
 from broker.edges.metrics import Metrics
 from broker.errors import BrokerError, Invalid
 from broker.exchange import Exchange
@@ -53,14 +53,6 @@ class _Approve(_Withdraw, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 _Asked = TypeVar("_Asked", bound=_Show)
-
-
-class _Unreadable(Invalid):
-    """http: a status that says more than 400."""
-
-    def __init__(self, http: int, detail: str) -> None:
-        super().__init__(detail)
-        self.http = http
 
 
 class ApprovalEndpoints:
@@ -136,34 +128,15 @@ async def _read(request: web.Request, kind: type[_Asked]) -> _Asked:
     if urlsplit(request.raw_path).query:  # it would end up in logs
         raise Invalid("everything belongs into the body, nothing into the URL")
     if len(request.headers.getall("Content-Type", [])) != 1 or request.content_type != JSON:
-        raise _Unreadable(415, f"the body has to be {JSON}")
+        raise Unreadable(415, f"the body has to be {JSON}")
     if (request.charset or "utf-8").lower() != "utf-8" or "Content-Encoding" in request.headers:
-        raise _Unreadable(415, "the body has to be UTF-8, and not compressed")
-    found = parse_json(await _read_body(request), "the body")
+        raise Unreadable(415, "the body has to be UTF-8, and not compressed")
+    found = parse_json(await read_body(request, MAX_BODY, BODY_TIMEOUT_S), "the body")
     try:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
         names = ", ".join(field.name for field in msgspec.structs.fields(kind))
         raise Invalid(f"the body is not a JSON object of {names}") from error
-
-
-async def _read_body(request: web.Request) -> bytes:
-    """The body, if it is small enough and comes in time. Raises: Invalid."""
-    too_large = _Unreadable(413, f"the body is larger than {MAX_BODY} bytes")
-    if (request.content_length or 0) > MAX_BODY:
-        raise too_large
-    body = b""
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.content.iter_any():
-                body += chunk
-                if len(body) > MAX_BODY:
-                    raise too_large
-    except TimeoutError as error:
-        raise _Unreadable(408, "the body did not come in time") from error
-    except web.RequestPayloadError as error:
-        raise Invalid("the body is not what its headers say") from error
-    return body
 
 
 def _shown(found: Shown) -> dict[str, Any]:
@@ -198,7 +171,7 @@ def _approval(given: ApprovalSeen) -> dict[str, Any]:
 
 
 def _problem(error: BrokerError, correlation: str) -> web.Response:
-    status = error.http if isinstance(error, _Unreadable) else STATUS[error.reason].http
+    status = error.http if isinstance(error, Unreadable) else STATUS[error.reason].http
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -211,6 +184,6 @@ def _problem(error: BrokerError, correlation: str) -> web.Response:
         response.headers["WWW-Authenticate"] = www_authenticate(error.reason, "Bearer") or "Bearer"
     if error.retry_after_ms is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
-    if status in {408, 413}:  # the rest of the body is still to come, and nobody will read it
+    if isinstance(error, Unreadable) and error.leaves_a_rest:
         response.force_close()
     return response

@@ -1,149 +1,42 @@
 """POST /oauth2/token: reads the request off the wire, finds out who sent it, and answers as OAuth says."""
 
-import asyncio
-import math
 from collections.abc import Callable
 from datetime import datetime
-from typing import Final
-from urllib.parse import urlsplit
 
-import structlog
 from aiohttp import web
 
 from broker.edges import oauth
 from broker.edges.http_answers import CORRELATION, json_answer
+from broker.edges.http_clients import Clients
 from broker.edges.metrics import Metrics
-from broker.edges.oauth import FORM, MAX_BODY, TokenRequest, TokenRequestRefused
-from broker.errors import BrokerError, Reason, Refused
-from broker.exchange import Caller, Exchange, Issued, KeyProof
-from broker.identity.tls_context import peer_chain
-
-BODY_TIMEOUT_S: Final = 5.0  # for 64 KiB at most; who is slower is not slow but holding on
-_NONCES: Final = "http"  # what our nonces are bound to: requests of one client may come over several connections
-
-_log = structlog.get_logger(__name__)
+from broker.errors import BrokerError
+from broker.exchange import Exchange, Issued
+from broker.presented import Presented
 
 
 class TokenEndpoint:
-    """The endpoint. Holds no state of its own.
-
-    url: what a DPoP proof has to name in `htu`. It is made of the configured issuer, never of the Host header, so that
-    who can choose a host name cannot choose what a proof is for.
-    """
+    """The endpoint. Holds no state of its own. url: its own, as Clients wants it."""
 
     def __init__(self, exchange: Exchange, metrics: Metrics, clock: Callable[[], datetime], url: str) -> None:
-        self._exchange, self._metrics, self._clock, self._url = exchange, metrics, clock, url
+        self._exchange, self._metrics, self._clock = exchange, metrics, clock
+        self._clients = Clients(exchange, clock, url)
 
     async def post(self, request: web.Request) -> web.Response:
         """Answers one request."""
-        correlation, reason = request[CORRELATION], None
+        correlation = request[CORRELATION]
         try:
             with self._metrics.observe("TokenEndpoint", "issued"):
                 issued = await self._answer(request, correlation)
         except BrokerError as error:
-            _log.debug("refused", reason=error.reason, detail=error.detail, correlation_id=correlation)
-            reason = error.reason
-            response = self._refusal(request, error, correlation)
-        else:
-            response = json_answer(oauth.token_answer(issued))
-        response.headers["Cache-Control"] = "no-store"
-        if "DPoP" in request.headers or reason is Reason.NONCE_REQUIRED:  # RFC 9449 section 8.2
-            response.headers["DPoP-Nonce"] = self._exchange.nonces.issue(_NONCES, self._clock())
-        return response
-
-    def _refusal(self, request: web.Request, error: BrokerError, correlation: str) -> web.Response:
-        http, body = oauth.error_answer(error, correlation)
-        response = json_answer(body, status=http)
-        if http == 401:
-            response.headers["WWW-Authenticate"] = _challenge(request, self._exchange.issuer)
-        if error.retry_after_ms is not None:
-            response.headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
-        if http in {408, 413}:  # the rest of the body is still to come, and nobody will read it
-            response.force_close()
-        return response
+            return self._clients.refuse(request, error, correlation)
+        return self._clients.finish(request, json_answer(oauth.token_answer(issued)))
 
     async def _answer(self, request: web.Request, correlation: str) -> Issued:
-        asked, proof, chain = await self._read(request)
+        with self._exchange.counted():
+            sent = await self._clients.read(request)
+            asked = oauth.parse_token_request(sent.body)
         now = self._clock()  # after the body has come: who sends slowly gains no time
-        caller = await self._identify(asked, proof, chain, now, correlation)
+        caller = await self._clients.identify(sent, asked.assertion, now, correlation, asked.grant_type)
         principal = str(caller.identity.spiffe_id)
-        return await self._exchange.request(caller, lambda: asked.action(principal), now, correlation)
-
-    async def _read(self, request: web.Request) -> tuple[TokenRequest, KeyProof, tuple[bytes, ...]]:
-        """What was sent, by whomever: the request, the proof, the certificates. Raises: Refused, which was counted."""
-        try:
-            _check_head(request)
-            proof = KeyProof(proof=_single_proof(request), method="POST", url=self._url, binding=_NONCES)
-            asked = oauth.parse_token_request(await _read_body(request))
-            chain = chain_of(request)
-            if asked.assertion is None and not chain:
-                raise oauth.not_a_client("no client authentication: connect with an X.509-SVID, or send a JWT-SVID")
-            if asked.assertion is not None and chain:
-                # RFC 6749 section 2.3: one method in each request. Else which of the two identities is the caller's?
-                raise TokenRequestRefused("invalid_request", "a certificate and a JWT-SVID at once: send one of them")
-        except Refused as error:
-            self._exchange.ledger.count_refusal(error.reason)
-            raise
-        return asked, proof, chain
-
-    async def _identify(
-        self, asked: TokenRequest, proof: KeyProof, chain: tuple[bytes, ...], now: datetime, correlation: str
-    ) -> Caller:
-        try:
-            if asked.assertion is None:
-                return self._exchange.identify_certificate(chain, proof, now, correlation)
-            return await self._exchange.identify_assertion(asked.assertion, proof, now, correlation)
-        except BrokerError as error:
-            raise oauth.while_authenticating(error, asked.grant_type) from error
-
-
-def chain_of(request: web.Request) -> tuple[bytes, ...]:
-    """The client's certificates in DER, leaf first, as the handshake gave them; empty where it showed none."""
-    connection = None if request.transport is None else request.transport.get_extra_info("ssl_object")
-    return () if connection is None else peer_chain(connection)
-
-
-def _single_proof(request: web.Request) -> str | None:
-    """RFC 9449 section 4.3, point 1: not more than one DPoP header. Raises: Refused."""
-    proofs = request.headers.getall("DPoP", [])
-    if len(proofs) > 1:
-        raise Refused(Reason.INVALID_PROOF, "the header DPoP was sent more than once")
-    return proofs[0] if proofs else None
-
-
-def _check_head(request: web.Request) -> None:
-    """What can be refused before the body is read. Raises: TokenRequestRefused."""
-    if "Authorization" in request.headers:
-        raise oauth.not_a_client("no HTTP authentication here: connect with an X.509-SVID, or send a JWT-SVID")
-    if urlsplit(request.raw_path).query:  # RFC 6749 section 3.2: a query ends up in logs
-        raise TokenRequestRefused("invalid_request", "parameters belong into the body, not into the URL")
-    if len(request.headers.getall("Content-Type", [])) != 1 or request.content_type != FORM:
-        raise TokenRequestRefused("invalid_request", f"the body has to be {FORM}", http=415)
-    if (request.charset or "utf-8").lower() != "utf-8" or "Content-Encoding" in request.headers:
-        raise TokenRequestRefused("invalid_request", "the body has to be UTF-8, and not compressed", http=415)
-
-
-async def _read_body(request: web.Request) -> bytes:
-    """The body, if it is small enough and comes in time. Raises: TokenRequestRefused."""
-    too_large = TokenRequestRefused("invalid_request", f"the body is larger than {MAX_BODY} bytes", http=413)
-    if (request.content_length or 0) > MAX_BODY:
-        raise too_large
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()  # the application's client_max_size bounds what has no Content-Length
-    except web.HTTPRequestEntityTooLarge as error:
-        raise too_large from error
-    except TimeoutError as error:
-        raise TokenRequestRefused("invalid_request", "the body did not come in time", http=408) from error
-    except web.RequestPayloadError as error:
-        raise TokenRequestRefused("invalid_request", "the body is not what its headers say") from error
-
-
-def _challenge(request: web.Request, issuer: str) -> str:
-    """WWW-Authenticate of a 401, which RFC 9110 section 15.5.2 demands.
-
-    RFC 6749 section 5.2 wants the scheme that the client tried; else we name the one thing that helps, a key proof.
-    """
-    tried = request.headers.get("Authorization", "").partition(" ")[0].lower()
-    known = {"basic": "Basic", "bearer": "Bearer"}
-    return f'{known[tried]} realm="{issuer}"' if tried in known else 'DPoP algs="ES256"'
+        presented = Presented(ticket=asked.fields.get("ticket", ""), session=asked.fields.get("session", ""))
+        return await self._exchange.request(caller, lambda: asked.action(principal), now, correlation, presented)

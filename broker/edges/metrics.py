@@ -40,6 +40,16 @@ class Metrics:
         self.policy_failed = Gauge(
             "action_broker_policy_reload_failed", "1 while the policy folder does not load", registry=self.registry
         )
+        self.scope_live = Gauge("action_broker_scope_live", "Credentials that have not expired", registry=self.registry)
+        self.scope_watchers = Gauge(
+            "action_broker_scope_watchers", "Guards that listen to the scope feed", registry=self.registry
+        )
+        self.break_glass = Gauge(
+            "action_broker_break_glass_permits", "Break-glass permits that are open", registry=self.registry
+        )
+        self.standing_denials = Gauge(
+            "action_broker_standing_denials", "Standing denials in force", registry=self.registry
+        )
         self.unix_connections = Gauge(
             "action_broker_unix_connections", "Open connections on the Unix socket", registry=self.registry
         )

@@ -16,6 +16,7 @@ import msgspec
 
 from broker.action import Action
 from broker.credentials import jose
+from broker.credentials.action_token import Claims
 from broker.errors import BrokerError, Invalid, Reason, Refused
 from broker.exchange import Issued
 from broker.status import STATUS
@@ -131,9 +132,7 @@ class TokenRequest:
 
         Raises: TokenRequestRefused. Not checked: whether it is allowed.
         """
-        client_id = self.fields.get("client_id", principal)
-        if client_id != principal:
-            raise not_a_client("client_id is not the SPIFFE ID of the SVID: leave it out, or send that")
+        check_client_id(self.fields, principal)
         if self.fields.get("requested_token_type", ACCESS_TOKEN) != ACCESS_TOKEN:
             raise _refuse(f"requested_token_type: only {ACCESS_TOKEN} is offered")
         asked = self._asked()
@@ -179,19 +178,28 @@ def parse_token_request(body: bytes) -> TokenRequest:
         grant_type = GrantType(fields["grant_type"])
     except ValueError as error:
         raise _refuse(f"grant_type: {' and '.join(GrantType)} are offered", "unsupported_grant_type") from error
-    if "client_secret" in fields:
-        raise not_a_client("there are no client secrets: authenticate by an X.509-SVID or a JWT-SVID")
     if "actor_token" in fields or "actor_token_type" in fields:
         raise _refuse("actor_token: acting for others is not offered")
-    assertion = _client_assertion(fields)
+    assertion = client_assertion(fields)
     subject = _subject_token(fields, grant_type)
     if None not in {assertion, subject} and assertion != subject:
         raise _refuse("subject_token is not the client's own JWT-SVID: acting for others is not offered")
     return TokenRequest(grant_type=grant_type, assertion=assertion or subject, fields=fields)
 
 
-def _client_assertion(fields: Mapping[str, str]) -> str | None:
-    """RFC 7521 section 4.2. Raises: TokenRequestRefused."""
+def check_client_id(fields: Mapping[str, str], principal: str) -> None:
+    """Raises: TokenRequestRefused where the form names another client than the one that was authenticated."""
+    if fields.get("client_id", principal) != principal:
+        raise not_a_client("client_id is not the SPIFFE ID of the SVID: leave it out, or send that")
+
+
+def client_assertion(fields: Mapping[str, str]) -> str | None:
+    """The JWT-SVID by which the client authenticates, if it does so: RFC 7521 section 4.2.
+
+    Raises: TokenRequestRefused.
+    """
+    if "client_secret" in fields:
+        raise not_a_client("there are no client secrets: authenticate by an X.509-SVID or a JWT-SVID")
     kind, assertion = fields.get("client_assertion_type"), fields.get("client_assertion")
     if kind is None and assertion is None:
         return None
@@ -220,6 +228,11 @@ def _bounded(assertion: str, what: str) -> str:
     if len(assertion) > MAX_ASSERTION:
         raise _refuse(f"{what} is larger than {MAX_ASSERTION} bytes")
     return assertion
+
+
+def token_type(claims: Claims) -> str:
+    """RFC 9449 section 5; a certificate-bound one is used as a Bearer token over that certificate (RFC 8705)."""
+    return "DPoP" if claims.cnf.jkt else "Bearer"
 
 
 def while_authenticating(error: BrokerError, grant_type: GrantType) -> BrokerError:
@@ -253,8 +266,7 @@ def token_answer(issued: Issued) -> dict[str, Any]:
     return {
         "access_token": issued.token,
         "issued_token_type": ACCESS_TOKEN,
-        # RFC 9449 section 5; a certificate-bound one is used as a Bearer token over that certificate (RFC 8705).
-        "token_type": "DPoP" if claims.cnf.jkt else "Bearer",
+        "token_type": token_type(claims),
         "expires_in": claims.exp - claims.iat,
         "scope": claims.scope,
         "authorization_details": msgspec.to_builtins(claims.authorization_details),

@@ -1,23 +1,22 @@
 """The guard in front of an ASGI application, whatever its framework."""
 
-import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from typing import Any
 
-from broker.action import Action, check_uri
 from broker.errors import BrokerError, Invalid, Reason, Refused
-from broker.guard.credential import log_refusal, read_credential
-from broker.guard.http_request import MAX_BODY, Request, clean_path
-from broker.guard.mapping import Rule, Table, admitted
-from broker.guard.verify import Allowed, Guard, Presented
-from broker.status import CORRELATION_ID, STATUS, www_authenticate
+from broker.guard.credential import log_refusal
+from broker.guard.going_on import CutOff, GoingOn, while_good
+from broker.guard.http_edge import HttpEdge, Incoming, decoded, leaf_of, refuse
+from broker.guard.http_request import MAX_BODY
+from broker.guard.mapping import Table, admitted
+from broker.guard.verify import Allowed, Guard
 
-_Scope = MutableMapping[str, Any]
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
-_Headers = Sequence[tuple[str, str]]
-_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class GuardMiddleware:
@@ -27,15 +26,17 @@ class GuardMiddleware:
     A certificate-bound token needs a server with the ASGI TLS extension: the peer's certificate is never taken from a
     header, which anybody could have written.
 
+    An answer that is streamed ends when its credential dies: the connection breaks off, so that the client sees that
+    it is incomplete. One that comes in one piece is sent: an act that was admitted is carried out.
+
     Put it outermost, so that nothing else sees what is refused, and behind nothing that changes the path.
     """
 
-    def __init__(self, app: _App, guard: Guard, table: Table, *, base_url: str) -> None:
-        self._app, self._guard, self._table = app, guard, table
-        self._base: Final = check_uri(base_url, "the guard's base_url").removesuffix("/")
+    def __init__(self, app: App, guard: Guard, table: Table, *, base_url: str) -> None:
+        self._app, self._edge = app, HttpEdge(guard, table, base_url)
 
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Decides on one request."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Decides on one request. Raises: Refused, Unavailable for one whose credential died while it was streamed."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -44,54 +45,64 @@ class GuardMiddleware:
             log_refusal(Refused(Reason.OUT_OF_SCOPE, "no rules for WebSockets"), scope["type"])
             await send({"type": "websocket.close", "code": 1008})  # RFC 6455 section 7.4.1: policy violation
 
-    async def _http(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = decoded(scope["headers"])
         body = _Body(receive)
+        incoming = Incoming(
+            method=scope["method"],
+            path=scope["path"],
+            raw_path=scope.get("raw_path"),
+            query_string=scope.get("query_string", b"").decode("latin-1"),
+            headers=headers,
+            leaf_pem=partial(leaf_of, scope),
+            read=body.read,
+        )
         try:
-            url = self._base + clean_path(scope["path"], scope.get("raw_path"))
-            rule, params = self._table.http(scope["method"], scope["path"])
-            allowed = await self._admit(rule, params, scope, headers, url, body) if rule else None
+            found = await self._edge.admit(incoming)
         except BrokerError as error:
-            await _refuse(error, scope, headers, send)
+            answer = refuse(error, incoming.method, incoming.path, headers)
+            encoded = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+            await send({"type": "http.response.start", "status": answer.status, "headers": encoded})
+            await send({"type": "http.response.body", "body": answer.body})
             return
         except _Gone:
             return
-        if rule is None or allowed is None:  # public
+        if found is None:  # public
             await self._app(scope, receive, send)
             return
+        allowed, rule = found
         with admitted(allowed, rule):
-            await self._app(scope, body.replay, send)
+            await self._while_good(allowed, scope, body.replay, send)
 
-    async def _admit(
-        self, rule: Rule, params: Mapping[str, str], scope: _Scope, headers: _Headers, url: str, body: "_Body"
-    ) -> Allowed:
-        async def rebuild() -> Action:
-            request = Request(
-                method=scope["method"],
-                path=scope["path"],
-                params=params,
-                query_string=scope.get("query_string", b"").decode("latin-1"),
-                headers=headers,
-                body=await body.read() if rule.body else None,
-            )
-            return rule.rebuild(request, self._guard.audience)
+    async def _while_good(self, allowed: Allowed, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with while_good(self._edge.guard, allowed) as going:
+                await self._app(scope, receive, _Answer(send, going).send)
+        except CutOff as cut:
+            log_refusal(cut.error, f"{scope['method']} {scope['path']}, cut off")
+            raise cut.error from cut  # the answer has begun: a server breaks the connection off
 
-        return await self._guard.admit(self._presented(scope, headers, url), rebuild, check=rule.check)
 
-    def _presented(self, scope: _Scope, headers: _Headers, url: str) -> Presented:
-        def leaf_pem() -> str | None:
-            tls = (scope.get("extensions") or {}).get("tls") or {}
-            if tls.get("client_cert_error"):
-                return None
-            return next(iter(tls.get("client_cert_chain") or ()), None)
+class _Answer:
+    """What the application sends, stopped when the credential behind it dies."""
 
-        return read_credential(
-            [value for name, value in headers if name == "authorization"],
-            [value for name, value in headers if name == "dpop"],
-            leaf_pem=leaf_pem,
-            method=scope["method"],
-            urls=(url,),
-        )
+    def __init__(self, send: Send, going: GoingOn) -> None:
+        self._send, self._going = send, going
+        self._left: int | None = None  # of a body whose length was said
+
+    async def send(self, message: Message) -> None:
+        """One message on its way. Raises: CutOff."""
+        if message["type"] == "http.response.start":
+            lengths = [value for name, value in message.get("headers", ()) if name.lower() == b"content-length"]
+            self._left = int(lengths[0]) if len(lengths) == 1 and lengths[0].isdigit() else None
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._going.begun:
+                if body or message.get("more_body"):  # an end without anything more tells nothing
+                    self._going.check()
+            elif message.get("more_body") and len(body) != self._left:  # a whole body is no stream, even if sent as one
+                self._going.begin()
+        await self._send(message)
 
 
 class _Gone(Exception):
@@ -101,7 +112,7 @@ class _Gone(Exception):
 class _Body:
     """A request's body, read for the mapping and given to the application again."""
 
-    def __init__(self, receive: _Receive) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._read: bytes | None = None
 
@@ -120,37 +131,9 @@ class _Body:
         self._read = b"".join(parts)
         return self._read
 
-    async def replay(self) -> _Message:
+    async def replay(self) -> Message:
         """What the application receives: the body first if it was read, then whatever comes."""
         if self._read is None:
             return await self._receive()
         body, self._read = self._read, None
         return {"type": "http.request", "body": body, "more_body": False}
-
-
-async def _refuse(error: BrokerError, scope: _Scope, headers: _Headers, send: _Send) -> None:
-    """RFC 9457 JSON with the reason and a correlation id; a challenge where another credential would help."""
-    correlation_id = log_refusal(error, f"{scope['method']} {scope['path']}")
-    status = STATUS[error.reason].http
-    body = {"type": "about:blank", "status": status, "reason": str(error.reason), "correlation_id": correlation_id}
-    answer = {
-        "content-type": "application/problem+json",
-        "cache-control": "no-store",
-        CORRELATION_ID: correlation_id,
-    }
-    schemes = [value.partition(" ")[0].lower() for name, value in headers if name == "authorization"]
-    scheme = "Bearer" if schemes == ["bearer"] else "DPoP"
-    if challenge := www_authenticate(error.reason, scheme, presented=bool(schemes)):
-        answer["www-authenticate"] = challenge
-    if error.retry_after_ms is not None:
-        answer["retry-after"] = str(-(-error.retry_after_ms // 1000))
-    encoded = json.dumps(body).encode()
-    answer["content-length"] = str(len(encoded))
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(name.encode(), value.encode()) for name, value in answer.items()],
-        }
-    )
-    await send({"type": "http.response.body", "body": encoded})

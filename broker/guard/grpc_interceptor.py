@@ -1,13 +1,13 @@
 """The guard in front of a grpc.aio server.
 
-A call is decided before its handler runs. Where the client streams, its first message says what the act is; a later
-message that means another act ends the call, as does one that comes after the token has expired. What a server streams
-back is not cut when the token expires: an act that was admitted is carried out.
+A call is decided before its handler runs. One with a single message and a single answer is then carried out. One that
+streams, either way, is ended when its credential dies: it expired, the broker refuses it, or nothing is heard from the
+broker. Where the client streams, its first message says what the act is; a later one that means another act ends it.
 """
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -15,6 +15,7 @@ import grpc
 from broker.action import Action, check_uri
 from broker.errors import BrokerError, Reason, Refused
 from broker.guard.credential import log_refusal, read_credential
+from broker.guard.going_on import CutOff, GoingOn, while_good
 from broker.guard.mapping import Rule, Table, admitted, rule_of
 from broker.guard.verify import Allowed, Guard, Presented
 from broker.status import STATUS, error_info_trailers
@@ -72,8 +73,9 @@ def _answering(call: "_Call", behaviour: _Behaviour, client_streams: object) -> 
 
     async def answer(request: Any, context: _Context) -> Any:
         allowed, rule, request, context = await call.admit(request, context, client_streams)
-        with admitted(allowed, rule):
-            return await behaviour(request, context)
+        async with call.while_good(allowed, context, watched=bool(client_streams)):
+            with admitted(allowed, rule):
+                return await behaviour(request, context)
 
     return answer
 
@@ -83,15 +85,18 @@ def _streaming(call: "_Call", behaviour: _Behaviour, client_streams: object) -> 
     if not generates and not inspect.iscoroutinefunction(behaviour):
         raise TypeError(f"{call.method} is guarded, so its handler has to be async")
 
-    async def stream(request: Any, context: _Context) -> AsyncIterator[Any]:
+    # It writes by itself, so that whatever it waits for ends with the credential, be it a client that does not read.
+    async def stream(request: Any, context: _Context) -> None:
         allowed, rule, request, context = await call.admit(request, context, client_streams)
-        with admitted(allowed, rule):
-            if not generates:  # it writes by context.write()
-                await behaviour(request, context)
-                return
-            async with aclosing(behaviour(request, context)) as answers:
-                async for item in answers:
-                    yield item
+        async with call.while_good(allowed, context, watched=True) as going:
+            told = _CheckedContext(context, going)  # a handler may go on although it was told to end
+            with admitted(allowed, rule):
+                if not generates:
+                    await behaviour(request, told)
+                    return
+                async with aclosing(behaviour(request, told)) as answers:
+                    async for item in answers:
+                        await told.write(item)
 
     return stream
 
@@ -123,6 +128,17 @@ class _Call:
             return allowed, rule, request, context
         stream = _ClientStream(self, rule, allowed, first[0], messages, context)
         return allowed, rule, stream, _StreamContext(context, stream)
+
+    @asynccontextmanager
+    async def while_good(self, allowed: Allowed, context: _Context, *, watched: bool) -> AsyncIterator[GoingOn]:
+        """While the handler runs: where it streams, its call is ended when the credential dies."""
+        try:
+            async with while_good(self._guard, allowed) as going:
+                if watched:
+                    going.begin()
+                yield going
+        except CutOff as cut:
+            await self.refuse(cut.error, context)
 
     def recheck(self, rule: Rule, allowed: Allowed, message: Any) -> None:
         """A later message of a client's stream. Raises: Refused when it means another act or comes too late."""
@@ -177,6 +193,21 @@ class _ClientStream:
         except BrokerError as error:
             await self._call.refuse(error, self._context)
         return message
+
+
+class _CheckedContext:
+    """The call's context, except that nothing is written once the credential has died."""
+
+    def __init__(self, context: _Context, going: GoingOn) -> None:
+        self._context, self._going = context, going
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        """Raises: CutOff."""
+        self._going.check()
+        await self._context.write(message)
 
 
 class _StreamContext:

@@ -33,11 +33,17 @@ class Request:
 
     def query_all(self, name: str) -> tuple[str, ...]:
         """All query parameters of this name. Raises: Invalid."""
+        return tuple(value for key, value in self._query() if key == name)
+
+    def query_names(self) -> frozenset[str]:
+        """The names of all query parameters. Raises: Invalid."""
+        return frozenset(key for key, _ in self._query())
+
+    def _query(self) -> list[tuple[str, str]]:
         try:
-            pairs = parse_qsl(self.query_string, keep_blank_values=True, strict_parsing=True, errors="strict")
+            return parse_qsl(self.query_string, keep_blank_values=True, strict_parsing=True, errors="strict")
         except ValueError as error:
             raise Invalid("not a query string") from error
-        return tuple(value for key, value in pairs if key == name)
 
     def header(self, name: str) -> str:
         """The one header `name`. Raises: Invalid where it is missing or there are two."""

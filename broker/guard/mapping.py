@@ -34,8 +34,10 @@ def _nothing(_: Any) -> Mapping[str, Any]:
 class Rule:
     """What requests of one method mean.
 
-    method: "/package.Service/Method", or a verb with a path template. None only at a gRPC handler, which has a name.
-    action: the Cedar action id. resource, parameters: of a request (the gRPC message, or an http_request.Request).
+    method: "/package.Service/Method", or a verb with a path template. None only at what has a name: a gRPC handler, or
+    a tool.
+    action: the Cedar action id. resource, parameters: of a request (the gRPC message, an http_request.Request, or a
+    tool's arguments).
     check: ask the broker each time whether it would grant this again.
     body: HTTP only: `parameters` and `resource` may read `request.json()`.
     payload: gRPC client streams only. The first message is mapped; each later one must map to the same act, except
@@ -150,9 +152,14 @@ def admitted(allowed: Allowed, rule: Rule) -> Iterator[None]:
 
 
 def rule_of(handler: object) -> Rule | None:
-    """The rule that `@action` gave a handler."""
+    """The rule that `@action` gave a handler, or `@tool_action` a tool."""
     found = getattr(handler, _RULE, None)
     return found if isinstance(found, Rule) else None
+
+
+def give_rule(handler: object, rule: Rule) -> None:
+    """What `rule_of` finds."""
+    setattr(handler, _RULE, rule)
 
 
 def action(
@@ -175,7 +182,7 @@ def action(
 
     def decorate(handler: _F) -> _F:
         guarded = _guarded_stream(handler, rule) if inspect.isasyncgenfunction(handler) else _guarded(handler, rule)
-        setattr(guarded, _RULE, rule)
+        give_rule(guarded, rule)
         return guarded
 
     return decorate

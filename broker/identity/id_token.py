@@ -5,44 +5,24 @@ request that the person acts on, so a token is good for that request and for no 
 who holds it can act on that request as that person, for as long as `auth_time` is fresh.
 """
 
-import base64
-import binascii
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
-
-import jwt
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from attestors.contract import FactKey, Facts
 from broker.errors import Invalid, Reason, Refused
 from broker.identity.identify import Identified
-from broker.identity.oidc_issuer import IssuerKey, OidcIssuer
+from broker.identity.oidc_issuer import OidcIssuer
+from broker.identity.others_jws import audiences, fitting, signed_by_one_of, take_apart, text_claim, time_claim
 from broker.identity.person import PersonId
-from broker.identity.trust import parse_json_object
 
-MAX_TOKEN: Final = 16 * 1024  # bytes; WIRE.md: longer assertions are refused unread
 MAX_GROUPS: Final = 256
 MAX_TEXT: Final = 255  # characters of a group or an e-mail address
 PERSON: Final = "person"  # the attribute of Cedar's context
 # Clocks of two machines that run NTP differ by well under this. Only beginnings get it: what is over is over.
 LEEWAY: Final = timedelta(seconds=5)
-
-# RFC 7518 section 3.4 ties a curve to each algorithm (P-521 to ES512).
-_CURVES: Final[Mapping[str, type[ec.EllipticCurve]]] = {
-    "ES256": ec.SECP256R1,
-    "ES384": ec.SECP384R1,
-    "ES512": ec.SECP521R1,
-}
-_RSA: Final = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
-_EDDSA: Final = "EdDSA"
-ALGORITHMS: Final = frozenset(_CURVES) | _RSA | {_EDDSA}
-_COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")  # RFC 7515 section 3.1
-_LAST_SECOND: Final = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
-_jws = jwt.PyJWS(algorithms=sorted(ALGORITHMS))
+_WHAT: Final = "ID token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,29 +83,25 @@ class IdTokens:
         Not checked: `at_hash` and `c_hash` (we take no access token or code beside it), `acr` and `amr`; whether the
         token was shown before (it may be, about the same request).
         """
-        if len(token) > MAX_TOKEN:
-            raise Invalid(f"ID token is larger than {MAX_TOKEN} bytes")
-        parts = _COMPACT.fullmatch(token)
-        if not parts:
-            raise Invalid("ID token is not a JWS in compact serialization: encrypted ones are not taken")
-        alg, kid = _check_header(parse_json_object(_decode(parts[1]), "ID token header"))
-        claims = parse_json_object(_decode(parts[2]), "ID token payload")
+        read = take_apart(token, _WHAT)
+        _check_type(read.header)
+        claims = read.claims
         issuer = self._issuer_of(claims)
         settings = issuer.settings
         _check_audience(claims, settings.audience)
         _check_nonce(claims, nonce)
         auth_time, issued_at, expires_at = _check_times(claims, settings.max_auth_age, now)
         verified = VerifiedPerson(
-            person=PersonId(issuer=settings.issuer, subject=_string(claims, "sub")),
+            person=PersonId(issuer=settings.issuer, subject=text_claim(claims, "sub", _WHAT)),
             groups=_groups(claims, settings.groups_claim),
             email=_email(claims),
             auth_time=auth_time,
             issued_at=issued_at,
             expires_at=min(expires_at, auth_time + settings.max_auth_age),
-            token_sha256=hashlib.sha256(token.rpartition(".")[0].encode()).digest(),
+            token_sha256=read.sha256,
         )
-        keys = await issuer.keys(kid, now)
-        if not any(_fits(alg, key) and _signed(token, alg, key) for key in keys):
+        keys = fitting(read.alg, await issuer.keys(read.kid, now))
+        if not signed_by_one_of(token, read.alg, keys):
             raise Refused(Reason.UNAUTHENTICATED, f"no key of {settings.issuer} that kid and alg allow signed this")
         return verified
 
@@ -135,51 +111,22 @@ class IdTokens:
 
     def _issuer_of(self, claims: Mapping[str, Any]) -> OidcIssuer:
         """C 3.1.3.7, 2: the issuer exactly as configured. The claim only chooses whose keys have to prove it."""
-        found = self._issuers.get(_string(claims, "iss"))
+        found = self._issuers.get(text_claim(claims, "iss", _WHAT))
         if found is None:
             raise Refused(Reason.UNAUTHENTICATED, "ID token is of an issuer that is not configured")
         return found
 
 
-def _decode(part: str) -> bytes:
-    """Base64url without padding (RFC 7515 section 2), in its one canonical spelling. Raises: Invalid."""
-    try:
-        found = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
-    except (binascii.Error, ValueError) as error:
-        raise Invalid("ID token is not base64url") from error
-    if base64.urlsafe_b64encode(found).rstrip(b"=") != part.encode():
-        raise Invalid("ID token is base64url with stray bits")
-    return found
-
-
-def _check_header(header: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The algorithm and the key id. `jku`, `jwk`, `x5u` and `x5c` are never looked at. Raises: Invalid, Refused."""
-    alg, kid, kind = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
-    if not isinstance(alg, str) or alg not in ALGORITHMS:
-        raise Refused(Reason.UNAUTHENTICATED, "ID token alg is none of RS, PS and ES with 256, 384 or 512, and EdDSA")
-    if not {"crit", "b64"}.isdisjoint(header):  # RFC 7515 section 4.1.11, RFC 7797: they change how a JWS is read
-        raise Invalid("ID token has critical header parameters, and we understand none")
+def _check_type(header: Mapping[str, Any]) -> None:
+    """Raises: Invalid."""
+    kind = header.get("typ", "JWT")
     if not isinstance(kind, str) or kind.upper() != "JWT":  # RFC 8725 section 3.11: not some other kind of token
         raise Invalid("ID token typ is not JWT")
-    if "kid" in header and not isinstance(kid, str):
-        raise Invalid("ID token kid is not a string")
-    return alg, kid
-
-
-def _string(claims: Mapping[str, Any], name: str) -> str:
-    found = claims.get(name)
-    if not isinstance(found, str):
-        raise Invalid(f"ID token has no {name}, or it is not a string")
-    return found
 
 
 def _check_audience(claims: Mapping[str, Any], audience: str) -> None:
     """C 3.1.3.7, 3 to 5: we are the only audience, or the party that it was issued to. Raises: Refused, Invalid."""
-    found = claims.get("aud")
-    if isinstance(found, str):
-        found = [found]
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise Invalid("ID token has no aud of one or more strings")
+    found = audiences(claims, _WHAT)
     if audience not in found:
         raise Refused(Reason.WRONG_AUDIENCE, "ID token is not for us: log in with the configured client id")
     if claims.get("azp", audience) != audience or ("azp" not in claims and set(found) != {audience}):
@@ -188,7 +135,7 @@ def _check_audience(claims: Mapping[str, Any], audience: str) -> None:
 
 def _check_nonce(claims: Mapping[str, Any], nonce: str) -> None:
     """C 3.1.3.7, 11. Raises: Refused, Invalid."""
-    if not nonce or _string(claims, "nonce") != nonce:
+    if not nonce or text_claim(claims, "nonce", _WHAT) != nonce:
         raise Refused(Reason.UNAUTHENTICATED, "ID token is about another request (nonce): log in for this one")
 
 
@@ -196,25 +143,15 @@ def _check_times(
     claims: Mapping[str, Any], max_auth_age: timedelta, now: datetime
 ) -> tuple[datetime, datetime, datetime]:
     """auth_time, iat and exp (C 3.1.3.7, 9, 10 and 13). Raises: Refused, Invalid."""
-    auth_time, issued_at, expires_at = (_time(claims, name) for name in ("auth_time", "iat", "exp"))
+    auth_time, issued_at, expires_at = (time_claim(claims, name, _WHAT) for name in ("auth_time", "iat", "exp"))
     if now >= expires_at:
         raise Refused(Reason.EXPIRED, "ID token has expired: log in again")
     if now - auth_time > max_auth_age:
         raise Refused(Reason.EXPIRED, f"authentication is older than {max_auth_age}: log in again, with the password")
-    beginnings = [auth_time, issued_at] + ([_time(claims, "nbf")] if "nbf" in claims else [])
+    beginnings = [auth_time, issued_at] + ([time_claim(claims, "nbf", _WHAT)] if "nbf" in claims else [])
     if max(beginnings) > now + LEEWAY:
         raise Refused(Reason.UNAUTHENTICATED, "ID token is of the future: compare the clocks")
     return auth_time, issued_at, expires_at
-
-
-def _time(claims: Mapping[str, Any], name: str) -> datetime:
-    """A NumericDate (RFC 7519 section 2), fractions allowed. Raises: Invalid."""
-    value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Invalid(f"ID token has no {name}, or it is not a number: ask the issuer for it (max_age)")
-    if not 0 <= value <= _LAST_SECOND:  # infinity is not, and no JSON that gets here has NaN
-        raise Invalid(f"ID token {name} is no time")
-    return datetime.fromtimestamp(value, tz=UTC)
 
 
 def _groups(claims: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -231,27 +168,8 @@ def _email(claims: Mapping[str, Any]) -> str:
         return ""
     if not _is_text(claims["email"]):
         raise Invalid("ID token email is no address")
-    return _string(claims, "email")
+    return text_claim(claims, "email", _WHAT)
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
-
-
-def _fits(alg: str, one: IssuerKey) -> bool:
-    """Whether the key is for the algorithm, whatever the header says. Ed25519 is the one curve of EdDSA here."""
-    if one.alg not in {"", alg}:
-        return False
-    if isinstance(one.key, rsa.RSAPublicKey):
-        return alg in _RSA
-    if isinstance(one.key, ec.EllipticCurvePublicKey):
-        return alg in _CURVES and isinstance(one.key.curve, _CURVES[alg])
-    return alg == _EDDSA
-
-
-def _signed(token: str, alg: str, one: IssuerKey) -> bool:
-    try:
-        _jws.decode(token, one.key, algorithms=[alg])
-    except jwt.PyJWTError:
-        return False
-    return True

@@ -7,7 +7,7 @@ proof is (exchange.py); over mutual TLS the handshake was the proof.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -15,10 +15,11 @@ from attestors.contract import AttestationFailed, AttestationUnavailable, Facts,
 from broker.errors import Reason, Refused, Unavailable
 from broker.identity import jwt_svid, x509_svid
 from broker.identity.jwt_svid import verify_jwt_svid
+from broker.identity.peer import look
 from broker.identity.person import PersonId, Principal
 from broker.identity.spiffe_id import SpiffeId
 from broker.identity.strict import require_client_assertion
-from broker.identity.trust import TrustSnapshot
+from broker.identity.trust import TrustBundle, TrustSnapshot
 from broker.identity.x509_svid import verify_x509_svid
 
 Transport = Literal["mtls", "unix", "jwt-svid", "id-token"]
@@ -60,7 +61,9 @@ class Identified:
     principal: the workload, or the person (id-token). expires_at: of the SVID or ID token, or of what SPIRE said of the
     process. leaf_sha256: of the client certificate (mtls). assertion_sha256, issued_at: of the JWT-SVID (jwt-svid) or
     ID token. process: of the caller (unix). known: what was just learned of the process or person.
-    authority_sha256: of the authority that vouched for the SVID (mtls, jwt-svid).
+    authority_sha256: of the authority that vouched for the SVID (mtls, jwt-svid). confirmation: thumbprint of the key
+    that was proved (`jkt` or `x5t#S256`), "" where none was. heard: how many changes the broker had heard of when it
+    identified this; None where what is known is not its own, such as of a credential that is decided again.
     """
 
     principal: Principal
@@ -72,6 +75,8 @@ class Identified:
     process: Process | None = None
     known: Mapping[str, Facts] = field(default_factory=dict)
     authority_sha256: bytes | None = None
+    confirmation: str = ""
+    heard: int | None = None
 
     @property
     def spiffe_id(self) -> SpiffeId:
@@ -114,12 +119,17 @@ def by_assertion(assertion: str, snapshot: TrustSnapshot, now: datetime, *, issu
     )
 
 
+def authorities(bundle: TrustBundle) -> frozenset[bytes]:
+    """The digests of all authorities of a bundle that may vouch for an SVID."""
+    x509 = {x509_svid.authority_digest(one) for one in bundle.x509_authorities}
+    jwt = {jwt_svid.authority_digest(key) for keys in bundle.jwt_authorities.values() for key in keys}
+    return frozenset(x509 | jwt)
+
+
 def require_authority(authority_sha256: bytes, spiffe_id: SpiffeId, snapshot: TrustSnapshot) -> None:
     """That the authority which vouched for an SVID of `spiffe_id` still may. Raises: Refused(UNAUTHENTICATED)."""
     bundle = snapshot.bundle_for(spiffe_id.trust_domain)
-    trusted = {x509_svid.authority_digest(one) for one in bundle.x509_authorities}
-    trusted |= {jwt_svid.authority_digest(key) for keys in bundle.jwt_authorities.values() for key in keys}
-    if authority_sha256 not in trusted:
+    if authority_sha256 not in authorities(bundle):
         raise Refused(
             Reason.UNAUTHENTICATED,
             f"the authority of {bundle.trust_domain} that vouched for the caller is gone from it",
@@ -150,3 +160,21 @@ async def by_process(peer: UnixPeer, entitlements: Entitlements, now: datetime, 
         process=peer.process,
         known={"spire": facts},
     )
+
+
+async def again(identity: Identified, entitlements: Entitlements, now: datetime) -> Identified:
+    """The same caller as it is now: SPIRE's word on its process, and the process itself, before and after.
+
+    Who showed an SVID does not show it again; its end bounds everything already. Raises: Refused(NOT_ATTESTED),
+    Unavailable. Not checked: that the authority that vouched for an SVID still may (`require_authority`).
+    """
+    process = identity.process
+    if process is None:
+        return identity
+    if look(process.pid) != process:
+        raise Refused(Reason.NOT_ATTESTED, "the process exited or was replaced")
+    facts = await entitlements(process, now)
+    ids = facts.values["ids"]
+    if look(process.pid) != process or not isinstance(ids, list) or str(identity.principal) not in ids:
+        raise Refused(Reason.NOT_ATTESTED, "SPIRE no longer gives the process this identity")
+    return replace(identity, known={**identity.known, "spire": facts})

@@ -7,8 +7,8 @@ so the issuer in it has to be letter for letter the configured one.
 
 import asyncio
 import ssl
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Final
@@ -91,38 +91,31 @@ class _KeySet:
     by_kid: Mapping[str, tuple[IssuerKey, ...]]
 
 
-@dataclass(slots=True)
-class OidcIssuer:
-    """An issuer and its keys, which are fetched when they are needed and kept for `KEEP` at most.
+class FetchedKeys:
+    """Somebody's public keys, which are fetched when they are needed and kept for `KEEP` at most.
 
     Whoever shows a token can make us fetch, so fetches are rare whatever comes: one at a time, one in `REFETCH` for
-    key ids that we do not know, one in `RETRY` while the issuer does not answer. A fetch goes on when who caused it
-    goes away, and holds up nobody whose key is known.
+    key ids that we do not know, one in `RETRY` while nobody answers. A fetch goes on when who caused it goes away, and
+    holds up nobody whose key is known.
 
-    Raises: OSError when `ca_file` cannot be read.
+    issuer: whose they are, for messages. fetch: gets the key set (RFC 7517), not bounded in time; raises Unavailable.
     """
 
-    settings: IssuerSettings
-    _tls: ssl.SSLContext = field(init=False, repr=False)
-    _kept: _KeySet | None = field(init=False, default=None, repr=False)
-    _failed: tuple[datetime, BrokerError] | None = field(init=False, default=None, repr=False)
-    _fetching: "asyncio.Task[_KeySet | BrokerError] | None" = field(init=False, default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        self._tls = tls_to_issuer(self.settings.ca_file)
+    def __init__(self, issuer: str, fetch: Callable[[], Awaitable[bytes]]) -> None:
+        self._issuer, self._get = issuer, fetch
+        self._kept: _KeySet | None = None
+        self._failed: tuple[datetime, BrokerError] | None = None
+        self._fetching: asyncio.Task[_KeySet | BrokerError] | None = None
 
     async def keys(self, kid: str | None, now: datetime) -> tuple[IssuerKey, ...]:
-        """The issuer's keys of that id. kid None: its only key; none where it has several (Core section 10.1).
+        """The keys of that id. kid None: the only key; none where there are several (Core section 10.1).
 
         Raises: Unavailable(IDENTITY_UNAVAILABLE) when they are not known and cannot be had.
         """
         kept = await self._fresh(now, KEEP)
         if kid is not None and kid not in kept.by_kid:
             kept = await self._fresh(now, REFETCH)
-        if kid is not None:
-            return kept.by_kid.get(kid, ())
-        every = [key for keys in kept.by_kid.values() for key in keys]
-        return tuple(every) if len(every) == 1 else ()
+        return keys_of(kept.by_kid, kid)
 
     async def _fresh(self, now: datetime, most: timedelta) -> _KeySet:
         if self._kept is not None and _younger(self._kept.fetched_at, now, most):
@@ -143,8 +136,7 @@ class OidcIssuer:
         begin = clock()
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
-                metadata = await discover(self.settings.issuer, self._tls)
-                found = parse_keys(await get_document(metadata.jwks_uri, self._tls))
+                found = parse_keys(await self._get())
         except TimeoutError:
             why: BrokerError = Unavailable(Reason.IDENTITY_UNAVAILABLE, f"no answer within {FETCH_TIMEOUT_S:g} s")
         except BrokerError as error:
@@ -159,8 +151,29 @@ class OidcIssuer:
         self._fetching = None
 
     def _no_keys(self, why: BrokerError) -> Unavailable:
-        detail = f"no keys of the issuer {self.settings.issuer}: {why.detail}"
+        detail = f"no keys of the issuer {self._issuer}: {why.detail}"
         return Unavailable(Reason.IDENTITY_UNAVAILABLE, detail, retry_after_ms=int(RETRY.total_seconds() * 1000))
+
+
+class OidcIssuer(FetchedKeys):
+    """An issuer, and its keys where it says that they are. Raises: OSError when `ca_file` cannot be read."""
+
+    def __init__(self, settings: IssuerSettings) -> None:
+        self.settings = settings
+        tls = tls_to_issuer(settings.ca_file)
+
+        async def fetch() -> bytes:
+            return await get_document((await discover(settings.issuer, tls)).jwks_uri, tls)
+
+        super().__init__(settings.issuer, fetch)
+
+
+def keys_of(by_kid: Mapping[str, tuple[IssuerKey, ...]], kid: str | None) -> tuple[IssuerKey, ...]:
+    """Those of that id. kid None: the only key; none where there are several (Core section 10.1)."""
+    if kid is not None:
+        return by_kid.get(kid, ())
+    every = [key for keys in by_kid.values() for key in keys]
+    return tuple(every) if len(every) == 1 else ()
 
 
 def _younger(then: datetime, now: datetime, most: timedelta) -> bool:
@@ -175,12 +188,12 @@ def tls_to_issuer(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-async def discover(issuer: str, tls: ssl.SSLContext) -> Metadata:
-    """Asks an issuer for its metadata (D 4). Not bounded in time.
+async def discover(issuer: str, tls: ssl.SSLContext, url: str = "") -> Metadata:
+    """Asks an issuer for its metadata (D 4). Not bounded in time. url: where they are, "" for OpenID's place.
 
     Raises: Unavailable, also when it answers in the name of another issuer or its URLs are not https.
     """
-    url = f"{issuer.removesuffix('/')}/.well-known/openid-configuration"  # D 4.1: without a slash at the end
+    url = url or f"{issuer.removesuffix('/')}/.well-known/openid-configuration"  # D 4.1: without a slash at the end
     try:
         found = parse_json_object(await get_document(url, tls), "the issuer's metadata")
     except Refused as error:

@@ -191,7 +191,7 @@ def _listen(path: Path, mode: int) -> socket.socket:
         raise PermissionError(
             errno.EPERM, "everyone may write here, so anyone could replace the socket", str(path.parent)
         )
-    _remove_stale(path)
+    remove_stale(path)
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.setblocking(False)
@@ -205,7 +205,7 @@ def _listen(path: Path, mode: int) -> socket.socket:
     return listener
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Removes the socket that a server left behind when it was killed. Raises: OSError when it is something else."""
     try:
         found = path.lstat()

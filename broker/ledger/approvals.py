@@ -5,14 +5,16 @@ made up counts for nothing. What makes approvals count no more (a withdrawal, a 
 written anew from the records at each start (recovery.py), and `ledger verify` finds approvals that were used twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from attestors.contract import Facts
 from broker.errors import Reason, Refused
-from broker.ledger import records
+from broker.ledger import records, standing
 from broker.ledger.operations import AppendIntent
 from broker.ledger.transaction import Transaction, seconds_up
 
@@ -111,7 +113,8 @@ class Approve(Struct, frozen=True, gc=False):
 class Withdraw(Struct, frozen=True, gc=False):
     """Takes an approval back, used up or not: whether there was one that had not ended.
 
-    Covered, so that no copy of the store in which it still counts can be put back unseen.
+    A break-glass permit that it gave ends with it. Covered, so that no copy of the store in which it still counts can
+    be put back unseen.
     """
 
     covered: ClassVar[bool] = True
@@ -127,7 +130,21 @@ class Withdraw(Struct, frozen=True, gc=False):
         ).fetchall()
         if gone:
             tx.cover = tx.add(self.body)
+            self._end_permit(tx)
         return bool(gone)
+
+    def _end_permit(self, tx: Transaction) -> None:
+        withdrawn = self.withdrawn
+        row: Any = tx.connection.execute(
+            "SELECT seq FROM consumptions WHERE digest = ?", (withdrawn.request_digest,)
+        ).fetchone()
+        body = tx.body(row[0]) if row else None
+        permit = records.decode(body) if body is not None else None
+        if isinstance(permit, records.BreakGlass) and withdrawn.by in permit.approvers:
+            at, correlation_id = withdrawn.at, withdrawn.correlation_id
+            standing.add(
+                tx, records.StandingLifted(at=at, correlation_id=correlation_id, id=permit.id, by=withdrawn.by)
+            )
 
 
 class Counted(Struct, frozen=True, gc=False):
@@ -154,7 +171,7 @@ class Counted(Struct, frozen=True, gc=False):
         return used_by
 
 
-class AppendApprovedIntent(AppendIntent, frozen=True, gc=False):
+class AppendApprovedIntent(AppendIntent, frozen=True, kw_only=True, gc=False):
     """Adds an intent that uses up the approvals of a request, all of them: no other intent can.
 
     Covered, as `Withdraw`: of what is withdrawn and of what is signed, one comes first. A child of the credential that
@@ -172,6 +189,29 @@ class AppendApprovedIntent(AppendIntent, frozen=True, gc=False):
             row = (tx.cover, self.counted.digest, self.jti, self.expires_at)
             tx.connection.execute("INSERT INTO consumptions VALUES (?, ?, ?, ?)", row)
         return tx.cover
+
+
+def append_intent(
+    intent: records.Intent, body: bytes, current: Callable[[], bool] | None, evidence: tuple[Facts, ...]
+) -> AppendIntent:
+    """The step that adds this intent, whose bytes are `body`, and uses up the approvals that it names."""
+    if bool(intent.approval) != bool(intent.approvers):
+        raise ValueError("an intent names the request whose approvals it uses, and who gave them, or neither")
+    plain = AppendIntent(
+        body=body,
+        jti=intent.jti,
+        epoch=intent.epoch,
+        expires_at=seconds_up(intent.expires_at),
+        live=intent.is_live,
+        current=current,
+        evidence=evidence,
+    )
+    if not intent.approval:
+        return plain
+    counted = Counted(
+        digest=intent.approval, approvers=intent.approvers, credential=intent.parent, at=intent.at.timestamp()
+    )
+    return AppendApprovedIntent(**structs.asdict(plain), counted=counted)
 
 
 class FindRequest(Struct, frozen=True, gc=False):

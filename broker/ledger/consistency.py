@@ -2,8 +2,10 @@
 
 A redemption uses up the credential of an intent before it, and is the only one; an outcome is of an intent before it;
 approvals of a request are used up by one intent, and again by its children at most, each time after all whom it names
-gave theirs in the same epoch and before one of them took it back. These hold whatever the clock did. They break when
-somebody wrote to the index tables of a running broker: what it then did wrong stands in its records.
+gave theirs in the same epoch and before one of them took it back; a break-glass permit uses up those of two approvers
+or more; and what a broker that starts believes to stand (standing.py) is what its records say. These hold whatever the
+clock did. They break when somebody wrote to the index tables of a running broker: what it then did wrong stands in its
+records.
 
 Intents that are neither used up nor ended, and requests for approval, are remembered, the last `REMEMBERED` of each;
 what is not among them is looked up in the store, so memory stays bounded and nothing is missed.
@@ -16,8 +18,12 @@ import apsw
 import msgspec
 from msgspec import Struct
 
+from broker.ledger import standing
+from broker.ledger.scope_records import FEWEST_APPROVERS
+
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+_ABOUT_WHAT_STANDS = standing.KINDS | standing.NOTES
 
 REMEMBERED = 250_000
 """More than one broker mints while a single-use token lives for a minute; some 50 MB."""
@@ -37,6 +43,7 @@ class Fault(StrEnum):
     NO_INTENT = "no_intent"
     APPROVAL_USED_TWICE = "approval_used_twice"
     NO_APPROVAL = "no_approval"
+    STANDING_LOST = "standing_lost"
 
 
 class FoundFault(Exception):
@@ -59,6 +66,9 @@ class _Peek(Struct, frozen=True, gc=False):
     request_digest: str = ""
     by: str = ""
     approvers: tuple[str, ...] = ()
+    id: str = ""
+    before: int = 0
+    standing: int = 0
 
 
 _peek = msgspec.json.Decoder(_Peek).decode
@@ -80,8 +90,8 @@ class _Request(Struct, frozen=True, gc=False):
                 return _Request(by=(*others, record.by), used_by=self.used_by)
             case "approval_withdrawn":
                 return _Request(by=others, used_by=self.used_by)
-            case "intent":
-                return _Request(by=self.by, used_by=self.used_by or record.jti)
+            case "intent" | "break_glass":
+                return _Request(by=self.by, used_by=self.used_by or record.jti or record.id)
             case _:
                 return self
 
@@ -107,6 +117,7 @@ class Consistency:
         self._single: dict[str, bool] = {}  # jti of a single-use credential -> redeemed
         self._approvals: dict[str, _Request] = {}  # by their digests
         self._epoch_from = 0
+        self._standing = 0  # the last record about what stands
 
     def see(self, seq: int, body: bytes) -> None:
         """Takes the next record. Raises: FoundFault, apsw.Error."""
@@ -124,6 +135,8 @@ class Consistency:
             self._outcome(seq, record.intent)
         elif record.kind == "redemption":
             self._redemption(seq, record.jti)
+        elif record.kind in _ABOUT_WHAT_STANDS:
+            self._stands(seq, record)
         elif record.request_digest:
             self._approval(seq, record)
         elif record.kind == "epoch_started":
@@ -134,6 +147,21 @@ class Consistency:
         what[key] = value
         if len(what) > self._remembered:
             del what[next(iter(what))]
+
+    def _stands(self, seq: int, record: _Peek) -> None:
+        named = record.before if record.kind in standing.KINDS else record.standing
+        if named != self._standing:
+            raise FoundFault(
+                Fault.STANDING_LOST,
+                seq,
+                f"record {seq} takes {named} for the last about what stands, not {self._standing}",
+            )
+        if record.kind in standing.KINDS:
+            self._standing = seq
+        if record.kind == "break_glass":
+            if len(set(record.approvers)) < FEWEST_APPROVERS:
+                raise FoundFault(Fault.NO_APPROVAL, seq, f"record {seq} permits what fewer than two approved")
+            self._approval_used(seq, record)
 
     def _outcome(self, seq: int, intent: int) -> None:
         if intent in self._unended:

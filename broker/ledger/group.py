@@ -7,6 +7,7 @@ broker spends one commit on the requests that it is working on anyway. While a c
 
 import asyncio
 import queue
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from broker.ledger.writer import Writer
 _log = structlog.get_logger(__name__)
 _IDLE_TURN_S = 50e-6
 """A turn of the event loop shorter than this did nothing: polling alone takes a tenth of it, any request more."""
+_SWITCH_S = 50e-6
+"""How long a busy event loop may keep the ledger's thread waiting for the interpreter. Python's own 5 ms never come:
+the loop gives the interpreter up in each of its turns, for too short to be taken, and the wait begins anew."""
 _IDLE_TURNS = 2
 """In a row. After one, gRPC's own thread may still be handing a request over."""
 
@@ -67,6 +71,7 @@ class GroupCommit:
         self._idle_turns = 0
         self._seen = 0
         self._closed = False
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 

@@ -5,14 +5,17 @@ whole group back. Steps of one group see one another's rows.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import msgspec
 from msgspec import Struct
 
+from attestors.contract import FactKey, Facts
 from broker.errors import Reason, Refused
-from broker.ledger import records
+from broker.ledger import records, sessions
 from broker.ledger.transaction import Transaction, seconds_up
 
 KEEP_S = 60
@@ -42,6 +45,30 @@ class Operation(Protocol):
         """Does it, inside the transaction. Raises: Refused before any change; apsw.Error."""
 
 
+class Evidence(Struct, frozen=True, gc=False):
+    """Facts that nobody can look at again, as they lie beside the ledger; their hash is in the intent."""
+
+    key: str
+    values: dict[str, Any]
+    attested_at: datetime
+    expires_at: datetime | None
+
+    @classmethod
+    def of(cls, facts: Facts) -> "Evidence":
+        """These."""
+        return cls(facts.key, dict(facts.values), facts.attested_at, facts.expires_at)
+
+    def facts(self, attestor: str) -> Facts:
+        """As facts again."""
+        return Facts(
+            attestor=attestor,
+            key=FactKey(self.key),
+            values=self.values,
+            attested_at=self.attested_at,
+            expires_at=self.expires_at,
+        )
+
+
 class Append(Struct, frozen=True, gc=False):
     """Adds a record: its sequence number."""
 
@@ -53,12 +80,27 @@ class Append(Struct, frozen=True, gc=False):
         return tx.add(self.body)
 
 
+class AppendNote(Struct, frozen=True, gc=False):
+    """Adds a note of what a checkpoint covers: its sequence number."""
+
+    covered: ClassVar[bool] = False
+    note: records.Checkpointed
+
+    def apply(self, tx: Transaction) -> int:
+        """See the class."""
+        return tx.add(records.encode(msgspec.structs.replace(self.note, standing=tx.standing)))
+
+
 class AppendAhead(Append, frozen=True, gc=False):
     """Adds a record that whatever is asked after it must follow, though nobody awaits it (see group.py)."""
 
 
 class AppendIntent(Struct, frozen=True, gc=False):
-    """Adds an intent and, where it is one, its live credential: the intent's sequence number."""
+    """Adds an intent and, where it is one, its live credential: the intent's sequence number.
+
+    current: whether what it was decided on still holds; read in the ledger's thread. evidence: of its facts, those that
+    nobody can look at again.
+    """
 
     covered: ClassVar[bool] = False
     body: bytes
@@ -66,12 +108,21 @@ class AppendIntent(Struct, frozen=True, gc=False):
     epoch: int
     expires_at: int
     live: bool
+    current: Callable[[], bool] | None = None
+    evidence: tuple[Facts, ...] = ()
 
     def apply(self, tx: Transaction) -> int:
-        """See the class."""
+        """See the class. Raises: Refused SUPERSEDED where what it was decided on has changed."""
+        if self.current is not None and not self.current():
+            raise Refused(Reason.SUPERSEDED, "what it was decided on changed before it could be recorded")
         seq = tx.add(self.body)
         if self.live:
             tx.credentials.append((seq, self.jti, self.epoch, self.expires_at))
+            for facts in self.evidence:
+                tx.connection.execute(
+                    "INSERT INTO evidence VALUES (?, ?, ?, ?)",
+                    (seq, facts.attestor, msgspec.json.encode(Evidence.of(facts)), self.expires_at),
+                )
         tx.opened[seq] = self.expires_at
         return seq
 
@@ -215,7 +266,8 @@ class Maintain(Struct, frozen=True, gc=False):
     probe: also writes, to see whether the store can be written again. Its answer: whether more is to be deleted.
     Only the oldest rows are looked at: one that lives longer shields those behind it, at most for its own lifetime.
     The clock may go ahead and back: a redemption stays as long as its credential, which is then unknown, so refused;
-    how long the bindings lived that are gone is remembered, and no assertion that ends before that is bound anew.
+    how long the bindings and credentials lived that are gone is remembered: no assertion that ends before that is bound
+    anew, and a start before that serves no earlier key, since what was refused may be forgotten (recovery.py).
     """
 
     covered: ClassVar[bool] = False
@@ -246,9 +298,12 @@ class Maintain(Struct, frozen=True, gc=False):
                 (before,),
             ).fetchall()
             more |= len(gone) == PRUNE_ROWS
-            if gone and table == "bindings":
-                tx.connection.execute("UPDATE ledger SET bindings_forgotten = max(bindings_forgotten, ?)", max(gone))
-        tx.connection.execute("DELETE FROM keys WHERE expires_at < ?", (before,))
+            if gone and table in ("bindings", "credentials"):
+                column = f"{table}_forgotten"
+                tx.connection.execute(f"UPDATE ledger SET {column} = max({column}, ?)", max(gone))  # noqa: S608 - ours
+        more |= sessions.prune(tx.connection, before, PRUNE_ROWS)
+        for table in ("keys", "refused", "evidence"):
+            tx.connection.execute(f"DELETE FROM {table} WHERE expires_at < ?", (before,))  # noqa: S608 - ours
         for seq, expires_at in tx.open.items():
             if expires_at >= before or len(tx.closed) >= PRUNE_ROWS:
                 break

@@ -8,33 +8,29 @@ Hashes only: no credential, proof, key or evidence is ever a field here (DESIGN 
 here: that principal, action and digests belong together; the caller has verified values for them.
 """
 
-from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Raw, Struct
 
 from broker.action import Action
 from broker.errors import Reason
+from broker.ledger.event import MAX_DETAIL, Bounded, Event, Method, Time, cut
+from broker.ledger.scope_records import (
+    BreakGlass,
+    ScopeRefused,
+    SecurityEvent,
+    SessionBound,
+    SessionScored,
+    StandingDenial,
+    StandingLifted,
+    Suspended,
+    SuspensionEnded,
+)
 
-MAX_DETAIL = 500
-"""Characters of a free text. Details quote what callers send; a ledger is not theirs to fill."""
 MAX_APPROVAL = timedelta(days=1)
 """How long an approval, or a request for some, may count."""
-
-Time = Annotated[datetime, Meta(tz=True)]
-Method = Literal["mtls", "unix", "jwt-svid", "id-token"]
-"""How somebody was identified: by an X.509-SVID, by SPIRE from the PID, by a JWT-SVID, by a person's ID token."""
-
-
-class Event(Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True, gc=False):
-    """What every record has.
-
-    at: aware UTC. correlation_id: the caller got the same one; empty for what the broker did by itself.
-    """
-
-    at: Time
-    correlation_id: str = ""
 
 
 class ProcessReference(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -63,6 +59,7 @@ class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
     request_id: the caller's own id of the request; empty where it gave none.
     parent: the `jti` of the signing grant that it spends; empty for what is granted itself.
     artifacts: "sha256:<hex>" of each artifact that is signed or may be.
+    ticket, session: as the caller named them; empty where it named none.
     """
 
     jti: str
@@ -86,6 +83,8 @@ class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
     request_id: str = ""
     parent: str = ""
     artifacts: tuple[str, ...] = ()
+    ticket: str = ""
+    session: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -94,7 +93,7 @@ class Intent(Event, frozen=True, kw_only=True, tag="intent", gc=False):
 
     def to_action(self) -> Action:
         """The action as decided. Raises: broker.errors.Invalid when the record was changed and names none."""
-        return _action(self.action)
+        return action_of(self.action)
 
 
 class _ActionJson(Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +103,8 @@ class _ActionJson(Struct, frozen=True, forbid_unknown_fields=True):
     resource: str
 
 
-def _action(canonical: Raw) -> Action:
+def action_of(canonical: bytes | Raw) -> Action:
+    """The action whose `Action.canonical` these bytes are. Raises: broker.errors.Invalid, msgspec.DecodeError."""
     found = msgspec.json.decode(canonical, type=_ActionJson)
     return Action.parse(found.action, found.resource, found.audience, bytes(found.parameters))
 
@@ -123,27 +123,12 @@ class Outcome(Event, frozen=True, kw_only=True, tag="outcome", gc=False):
     answer_sha256: str = ""
 
 
-class _Bounded(Event, frozen=True, kw_only=True, gc=False):
-    """With a free text that is cut at `MAX_DETAIL` characters."""
-
-    detail: str = ""
-
-    def __post_init__(self) -> None:
-        _cut(self, "detail")
-
-
-def _cut(record: Event, name: str) -> None:
-    text = getattr(record, name)
-    if len(text) > MAX_DETAIL:
-        msgspec.structs.force_setattr(record, name, text[: MAX_DETAIL - 1] + "…")
-
-
-class Refusal(_Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
+class Refusal(Bounded, frozen=True, kw_only=True, tag="refusal", gc=False):
     """An answer that was no, to a caller that is known. Strangers are counted instead (`CountedRefusals`).
 
     action, resource, audience, action_digest: empty where the request never became an action. Parameters are left
     out: refused requests cost the caller nothing, and 4 KiB each would fill the disk.
-    edge: how the caller was identified, as `Method`. stage: identify, request, check, redeem, explain.
+    edge: how the caller was identified, as `Method`. stage: which call it was, such as request, check, watch, revoke.
     """
 
     reason: Reason
@@ -195,7 +180,7 @@ class ApprovalAsked(Event, frozen=True, kw_only=True, tag="approval_asked", gc=F
 
     def to_action(self) -> Action:
         """The action as asked. Raises: broker.errors.Invalid when the record was changed and names none."""
-        return _action(self.action)
+        return action_of(self.action)
 
 
 class _Approver(Event, frozen=True, kw_only=True, gc=False):
@@ -212,7 +197,7 @@ class _Approver(Event, frozen=True, kw_only=True, gc=False):
     evidence_sha256: str = ""
 
     def __post_init__(self) -> None:
-        _cut(self, "reason")
+        cut(self, "reason")
 
 
 class Approved(_Approver, frozen=True, kw_only=True, tag="approved", gc=False):
@@ -271,7 +256,7 @@ class Operated(Event, frozen=True, kw_only=True, tag="operated", gc=False):
     policy_revision: str
 
 
-class EpochStarted(_Bounded, frozen=True, kw_only=True, tag="epoch_started", gc=False):
+class EpochStarted(Bounded, frozen=True, kw_only=True, tag="epoch_started", gc=False):
     """No credential of an earlier epoch counts from now on (DESIGN invariant 7).
 
     checkpoint: the outside checkpoint, a signed note, that this store was behind or beside; empty where none was.
@@ -282,16 +267,21 @@ class EpochStarted(_Bounded, frozen=True, kw_only=True, tag="epoch_started", gc=
 
 
 class Checkpointed(Event, frozen=True, kw_only=True, tag="checkpointed", gc=False):
-    """The chain up to and with record `size` is covered by a checkpoint outside the store."""
+    """The chain up to and with record `size` is covered by a checkpoint outside the store.
+
+    standing: the last record about what stands (standing.py), 0 for none; filled in as this is recorded.
+    """
 
     size: int
+    standing: int = 0
 
 
 class Started(Event, frozen=True, kw_only=True, tag="started", gc=False):
-    """The store was opened to write. ledger: hex of its random id."""
+    """The store was opened to write. ledger: hex of its random id. standing: as in `Checkpointed`."""
 
     ledger: str
     epoch: int
+    standing: int = 0
 
 
 class Stopped(Event, frozen=True, kw_only=True, tag="stopped", gc=False):
@@ -311,11 +301,36 @@ Record = (
     | KeyPublished
     | PolicyChanged
     | Operated
+    | ScopeRefused
+    | Suspended
+    | SuspensionEnded
+    | StandingDenial
+    | StandingLifted
+    | BreakGlass
+    | SessionScored
+    | SessionBound
+    | SecurityEvent
     | EpochStarted
     | Checkpointed
     | Started
     | Stopped
 )
+
+__all__ = [  # of other files, beside what is defined here
+    "MAX_DETAIL",
+    "BreakGlass",
+    "Event",
+    "Method",
+    "ScopeRefused",
+    "SecurityEvent",
+    "SessionBound",
+    "SessionScored",
+    "StandingDenial",
+    "StandingLifted",
+    "Suspended",
+    "SuspensionEnded",
+    "Time",
+]
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)

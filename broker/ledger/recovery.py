@@ -1,10 +1,11 @@
 """What opening a store finds out and writes down: a new epoch where it was put back, "unknown" for open intents.
 
 The index tables only repeat what the records say, and nothing but the file's mode protects them. So what they say of
-redemptions, bound keys and approvals is written anew from the records at each start: a row that somebody deleted or
-changed comes back. Who can write the file while the broker runs can still make it accept a second redemption, another
-key for an assertion that he holds, or approvals that were withdrawn or used up, until the next start; then the records
-show both, and `ledger verify` says so of redemptions and of approvals that were used twice or after a withdrawal.
+redemptions, refused credentials, bound keys, approvals and sessions is written anew from the records at each start: a
+row that somebody deleted or changed comes back. Of what stands (standing.py) there are no rows. Who can write the file
+while the broker runs can still make it accept a second redemption, another key for an assertion that he holds or for a
+session, an earlier score, or approvals that were withdrawn or used up, until the next start; then the records show
+both, and `ledger verify` says so of redemptions and of approvals that were used twice or after a withdrawal.
 """
 
 import secrets
@@ -18,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from broker.errors import Unavailable
-from broker.ledger import chain, records
+from broker.ledger import chain, records, sessions, standing
 from broker.ledger.checkpoint import Checkpoint
 from broker.ledger.operations import KEEP_S, close_as_unknown
 from broker.ledger.schema import unavailable
@@ -30,7 +31,10 @@ _READ_BACK_RECORDS = 2_000_000
 """Seconds of reading, and ten minutes of all that one broker can record."""
 _APPROVAL_TABLES = ("approval_requests", "approvals", "consumptions")
 _APPROVAL_KINDS = ("approval_asked", "approved", "approval_withdrawn")
-_ApprovalEvent = records.ApprovalAsked | records.Approved | records.ApprovalWithdrawn | records.Intent
+_RECENT = frozenset({"redemption", "key_bound", "security_event", "scope_refused"})
+_ApprovalEvent = (
+    records.ApprovalAsked | records.Approved | records.ApprovalWithdrawn | records.Intent | records.BreakGlass
+)
 
 
 class _Peek(Struct, frozen=True):
@@ -60,7 +64,8 @@ def load(connection: apsw.Connection, path: Path) -> tuple[bytes, Head, dict[int
     Not checked: the rest of the chain; `verify` reads it all.
     """
     connection.execute(
-        "INSERT INTO ledger SELECT 1, ?1, 0, ?2, 0, 0, 1, 0 WHERE NOT EXISTS (SELECT 1 FROM ledger)", _new_ledger()
+        "INSERT INTO ledger SELECT 1, ?1, 0, ?2, 0, 0, 1, 0, 0, 0 WHERE NOT EXISTS (SELECT 1 FROM ledger)",
+        _new_ledger(),
     )
     row: Any = connection.execute("SELECT id, seq, head, epoch, epoch_since, open_from FROM ledger").fetchone()
     ledger_id, seq, head, epoch, since, open_from = row
@@ -80,7 +85,11 @@ def load(connection: apsw.Connection, path: Path) -> tuple[bytes, Head, dict[int
             still_open[number] = seconds_up(found.expires_at)
         elif found.kind == "outcome":
             still_open.pop(found.intent, None)
-    return ledger_id, Head(seq=seq, hash=head, epoch=epoch, since=since), still_open
+    try:
+        newest = standing.last(connection)
+    except standing.Damaged as error:
+        raise _damaged(error.seq, path) from error
+    return ledger_id, Head(seq=seq, hash=head, epoch=epoch, since=since, standing=newest), still_open
 
 
 def _damaged(number: int, path: Path) -> Unavailable:
@@ -104,24 +113,30 @@ def recover(tx: Transaction, ledger_id: bytes, last: tuple[Checkpoint, bytes] | 
         note = last[1].decode() if last else ""
         tx.start_epoch(epoch, now)
         # What the keys signed, and what was approved, no longer counts.
-        for table in ("keys", *_APPROVAL_TABLES):
+        for table in ("keys", *_APPROVAL_TABLES, "sessions"):
             tx.connection.execute(f"DELETE FROM {table}")  # noqa: S608 - ours
         tx.add(records.encode(records.EpochStarted(at=now, epoch=epoch, detail=why, checkpoint=note)))
+    if now.timestamp() < int(tx.connection.execute("SELECT credentials_forgotten FROM ledger").get):
+        # The clock was set back, and what was refused of credentials that live again may be forgotten: none verifies.
+        tx.connection.execute("DELETE FROM keys")
     for seq in tx.open:
         close_as_unknown(tx, seq, now)
-    tx.add(records.encode(records.Started(at=now, ledger=ledger_id.hex(), epoch=tx.epoch)))
+    started = records.Started(at=now, ledger=ledger_id.hex(), epoch=tx.epoch, standing=tx.standing)
+    tx.add(records.encode(started))
 
 
 def restore_index(connection: apsw.Connection, path: Path, now: datetime) -> None:
-    """Writes the rows of redemptions, bindings and approvals anew, as the records of the last hour have them.
+    """Writes the rows of redemptions, bindings, approvals and sessions anew, as the records of the last hour have them.
 
-    Of approvals also as those before have them, back to the oldest that has a row: what used it up or took it back
-    comes after it. One that is older than what can be read is forgotten: nothing would say whether it still counts.
+    Of approvals and sessions also as those before have them, back to the oldest that has a row: what used it up, took
+    it back or scored it again comes after it. One that is older than what can be read is forgotten: nothing would say
+    whether it still counts.
 
     Raises: Unavailable when one of these cannot be read.
     """
     forgotten = int(connection.execute("SELECT bindings_forgotten FROM ledger").get)
     events: list[tuple[int, _ApprovalEvent]] = []
+    of_sessions: list[tuple[int, sessions.SessionEvent]] = []
     for number, body in _last_records(connection, path, now):
         try:
             record = records.decode(body)
@@ -145,10 +160,23 @@ def restore_index(connection: apsw.Connection, path: Path, now: datetime) -> Non
                         "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?)",
                         (number, bytes.fromhex(record.assertion_sha256), record.jkt, expires_at),
                     )
+            elif isinstance(record, records.ScopeRefused):
+                connection.executemany(
+                    "INSERT OR REPLACE INTO refused SELECT jti, ?, expires_at + ? FROM credentials WHERE jti = ?",
+                    [(number, KEEP_S, jti) for jti in record.jtis],
+                )
             elif isinstance(record, _ApprovalEvent):
                 events.append((number, record))
+            elif isinstance(record, sessions.SessionEvent):
+                of_sessions.append((number, record))
         except (msgspec.DecodeError, ValueError) as error:
             raise _damaged(number, path) from error
+    _restore_approvals(connection, events)
+    sessions.restore(connection, reversed(of_sessions))
+
+
+def _restore_approvals(connection: apsw.Connection, events: list[tuple[int, _ApprovalEvent]]) -> None:
+    """events: the latest first."""
     connection.execute("DELETE FROM approvals")
     if events:
         for table in ("approval_requests", "consumptions"):
@@ -179,12 +207,17 @@ def _again(connection: apsw.Connection, seq: int, event: _ApprovalEvent) -> None
             if found is None or found[0] != event.parent:
                 ends = seconds_up(event.expires_at)
                 execute("INSERT OR REPLACE INTO consumptions VALUES (?, ?, ?, ?)", (seq, digest, event.jti, ends))
+        case records.BreakGlass(approval=digest):
+            ends = seconds_up(event.until)
+            execute("INSERT OR REPLACE INTO consumptions VALUES (?, ?, ?, ?)", (seq, digest, event.id, ends))
 
 
 def _last_records(connection: apsw.Connection, path: Path, now: datetime) -> Iterator[tuple[int, bytes]]:
     """What concerns the index, the latest first: of two that claim the same, the first stays last."""
     since, same_epoch = None, True
-    oldest = connection.execute("SELECT min(seq) FROM approvals").get
+    oldest = connection.execute(
+        "SELECT min(seq) FROM (SELECT seq FROM approvals UNION ALL SELECT scored FROM sessions)"
+    ).get
     rows = connection.execute("SELECT seq, body FROM records ORDER BY seq DESC LIMIT ?", (_READ_BACK_RECORDS,))
     for number, body in rows:
         try:
@@ -197,9 +230,9 @@ def _last_records(connection: apsw.Connection, path: Path, now: datetime) -> Ite
         if not recent and (not same_epoch or oldest is None or number < oldest):
             break
         if record.kind == "epoch_started":
-            same_epoch = False  # no approval from before it counts
-        elif (recent and record.kind in ("redemption", "key_bound")) or (
-            same_epoch and (record.kind in _APPROVAL_KINDS or record.approval)
+            same_epoch = False  # no approval or session from before it counts
+        elif (recent and record.kind in _RECENT) or (
+            same_epoch and (record.kind in (*_APPROVAL_KINDS, *sessions.KINDS) or record.approval)
         ):
             yield number, body
 

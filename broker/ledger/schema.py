@@ -60,6 +60,32 @@ MIGRATIONS: tuple[str, ...] = (
         seq INTEGER PRIMARY KEY, jti TEXT NOT NULL UNIQUE, answer BLOB NOT NULL, expires_at INTEGER NOT NULL
     ) STRICT;
     """,
+    # refused: of live credentials. sessions: rows lead to the records that scored and then bound them (0: not since).
+    # events: security events that were taken. evidence: facts that cannot be looked at again, of the intent with this
+    # number, whose hash the intent has.
+    """
+    CREATE TABLE refused (
+        jti TEXT PRIMARY KEY, seq INTEGER NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX refused_ends ON refused (expires_at);
+    CREATE TABLE sessions (
+        id TEXT PRIMARY KEY, principal TEXT NOT NULL, scored INTEGER NOT NULL, bound INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX sessions_of ON sessions (principal);
+    CREATE INDEX sessions_end ON sessions (expires_at);
+    CREATE TABLE events (
+        event TEXT PRIMARY KEY, seq INTEGER NOT NULL, expires_at INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX events_end ON events (expires_at);
+    ALTER TABLE ledger ADD COLUMN events_forgotten INTEGER NOT NULL DEFAULT 0; -- when the last row ended that is gone
+    ALTER TABLE ledger ADD COLUMN credentials_forgotten INTEGER NOT NULL DEFAULT 0; -- likewise
+    CREATE TABLE evidence (
+        seq INTEGER NOT NULL, attestor TEXT NOT NULL, facts BLOB NOT NULL, expires_at INTEGER NOT NULL,
+        PRIMARY KEY (seq, attestor)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX evidence_ends ON evidence (expires_at);
+    """,
 )
 """Migration n brings a store from n-1 to n. Never edited, only added to. Times are seconds since 1970, rounded up,
 except where microseconds are said."""

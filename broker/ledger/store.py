@@ -17,16 +17,17 @@ from typing import Any, Self, cast
 import msgspec
 import structlog
 
-from broker.errors import Reason, Unavailable
+from attestors.contract import Facts
+from broker.errors import Reason, Refused, Unavailable
 from broker.ledger import approvals, operations, records, spending
 from broker.ledger.approvals import ApprovalRow, ApprovalSeen, Counted
 from broker.ledger.checkpoint import Checkpointer
 from broker.ledger.group import GroupCommit, Limits
 from broker.ledger.operations import CredentialRow, Operation
 from broker.ledger.spending import Redeemed, Spent
-from broker.ledger.transaction import seconds_up
 from broker.ledger.writer import Writer
 
+Current = Callable[[], bool]
 _log = structlog.get_logger(__name__)
 _DEFAULT_LIMITS = Limits()
 
@@ -47,7 +48,7 @@ class Ledger:
         self._counts: Counter[Reason] = Counter()
         self._counted_since = clock()
         self._counts_due = self._loop.time() + limits.counts_s
-        self._subscribers: dict[Callable[[str], None], None] = {}
+        self._subscribers: dict[Callable[[str], None], bool] = {}
         self._noted = 0
         self._closed = False
         self._timer = self._loop.call_later(limits.maintain_s, self._tick)
@@ -96,18 +97,30 @@ class Ledger:
         """Its sequence number, once it is durable. Raises: Unavailable; Refused(ALREADY_USED) for a `jti` known."""
         return cast("int", await self._groups.submit(self._operation(record)))
 
-    def record_intent(self, intent: records.Intent) -> asyncio.Future[int]:
+    def submit(self, operation: Operation, *, uses: str = "") -> asyncio.Future[Any]:
+        """Its answer, once it is durable: for the parts of the ledger that have files of their own.
+
+        uses: the digest of the request whose approvals it uses up.
+        """
+        future = self._groups.submit(operation)
+        if uses:
+            future.add_done_callback(lambda done: self._tell(done, uses, use=True))
+        return future
+
+    def record_intent(
+        self, intent: records.Intent, *, current: Current | None = None, evidence: tuple[Facts, ...] = ()
+    ) -> asyncio.Future[int]:
         """The same, typed for what must be awaited before a key is used (DESIGN invariant 1).
 
         The credential is live from then on: `credential` finds it, `redeem` uses it up. A future, so that who goes away
         can still learn what became of it: shield it. What `append` raises is raised here or when it is awaited; also
         Refused APPROVAL_REQUIRED where the approvals that it uses up gave another credential, or one of them counts no
         more. The intent that uses up approvals is covered by a checkpoint outside, too, before it is there.
+        current: whether what it was decided on still holds, read in the ledger's thread; where not, Refused SUPERSEDED.
+        evidence: facts of it that nobody can look at again, to be kept as long as it lives.
         """
-        future = self._groups.submit(self._operation(intent))
-        if intent.approval:
-            future.add_done_callback(lambda done: self._tell(done, intent.approval))
-        return future
+        step = self._append_intent(intent, records.encode(intent), current, evidence)
+        return self.submit(step, uses=intent.approval)
 
     def append_later(self, record: records.Record) -> None:
         """With the next commit, at most 10 ms from now; kept while the store cannot be written.
@@ -136,27 +149,12 @@ class Ledger:
             return operations.AppendAhead(body=body)
         return operations.Append(body=body)
 
-    def _append_intent(self, intent: records.Intent, body: bytes) -> operations.AppendIntent:
+    def _append_intent(
+        self, intent: records.Intent, body: bytes, current: Current | None = None, evidence: tuple[Facts, ...] = ()
+    ) -> operations.AppendIntent:
         if intent.epoch != self.epoch:
             raise ValueError("an intent is of the ledger's own epoch: read `epoch` when deciding")
-        jti, epoch, expires_at, live = intent.jti, intent.epoch, seconds_up(intent.expires_at), intent.is_live
-        if bool(intent.approval) != bool(intent.approvers):
-            raise ValueError("an intent names the request whose approvals it uses, and who gave them, or neither")
-        if not intent.approval:
-            return operations.AppendIntent(body=body, jti=jti, epoch=epoch, expires_at=expires_at, live=live)
-        return approvals.AppendApprovedIntent(
-            body=body,
-            jti=jti,
-            epoch=epoch,
-            expires_at=expires_at,
-            live=live,
-            counted=Counted(
-                digest=intent.approval,
-                approvers=intent.approvers,
-                credential=intent.parent,
-                at=intent.at.timestamp(),
-            ),
-        )
+        return approvals.append_intent(intent, body, current, evidence)
 
     async def credential(self, jti: str) -> CredentialRow | None:
         """The credential with this id if it counts in this epoch, until 60 s after its expiry. Not checked: expiry."""
@@ -188,7 +186,7 @@ class Ledger:
         operation = spending.Redeem(question=question, correlation_id=correlation_id, counted=counted)
         return cast("Redeemed", await self._groups.submit(operation))
 
-    async def spend(
+    async def spend(  # noqa: PLR0913 -- a question, and what is recorded where it is the first
         self,
         jti: str,
         idempotency_id: str,
@@ -198,6 +196,8 @@ class Ledger:
         intent: records.Intent | None,
         now: datetime,
         correlation_id: str,
+        current: Current | None = None,
+        evidence: tuple[Facts, ...] = (),
     ) -> Spent:
         """Uses a grant up and records the intent of what it is spent on, both or neither: once in the world.
 
@@ -212,11 +212,9 @@ class Ledger:
         question = spending.Question(
             jti=jti, caller=caller, idempotency_id=idempotency_id, content_sha256=content_sha256, now=now
         )
-        appended = None if intent is None else self._append_intent(intent, records.encode(intent))
+        appended = None if intent is None else self._append_intent(intent, records.encode(intent), current, evidence)
         operation = spending.Spend(question=question, intent=appended, correlation_id=correlation_id)
-        future = self._groups.submit(operation)
-        if intent is not None and intent.approval:
-            future.add_done_callback(lambda done: self._tell(done, intent.approval))
+        future = self.submit(operation, uses="" if intent is None else intent.approval)
         return cast("Spent", await asyncio.shield(future))  # who asked may go away; who waits is told all the same
 
     async def find_answer(
@@ -246,13 +244,17 @@ class Ledger:
 
     # -- approvals ---------------------------------------------------------------------------------------------------
 
-    def subscribe_approvals(self, callback: Callable[[str], None]) -> Callable[[], None]:
+    def subscribe_approvals(self, callback: Callable[[str], None], *, uses: bool = True) -> Callable[[], None]:
         """Calls back with a request's digest after each change of it here that is durable. Not told: what expires.
 
-        Returns what ends it.
+        uses: also where its approvals were used up, which changes nothing for what used them. Returns what ends it.
         """
-        self._subscribers[callback] = None
-        return lambda: self._subscribers.pop(callback, None)
+        self._subscribers[callback] = uses
+
+        def end() -> None:
+            self._subscribers.pop(callback, None)
+
+        return end
 
     async def ask_approval(self, asked: records.ApprovalAsked) -> None:
         """Keeps a request for approvers to see. The same one again is kept longer, or changes nothing.
@@ -297,9 +299,12 @@ class Ledger:
         future.add_done_callback(lambda done: self._tell(done, digest))
         return asyncio.shield(future)  # who asked may go away; who waits is told all the same
 
-    def _tell(self, done: asyncio.Future[Any], digest: str) -> None:
-        if not done.cancelled() and done.exception() is None:
-            for callback in tuple(self._subscribers):
+    def _tell(self, done: asyncio.Future[Any], digest: str, *, use: bool = False) -> None:
+        """Also where it failed: a commit whose checkpoint could not be written has changed it all the same."""
+        if done.cancelled() or isinstance(done.exception(), Refused):
+            return
+        for callback, uses in tuple(self._subscribers.items()):
+            if uses or not use:
                 self._loop.call_soon(callback, digest)
 
     async def bind_key(
@@ -334,7 +339,7 @@ class Ledger:
             self._write_counts(now)
             size = self._writer.checkpointed
             if size > self._noted:  # something was recorded since the last note of this kind, beyond the note itself
-                note = operations.Append(body=records.encode(records.Checkpointed(at=now, size=size)))
+                note = operations.AppendNote(note=records.Checkpointed(at=now, size=size))
                 self._submit(note, self._checkpoint_noted)
         self._maintain(now)
 

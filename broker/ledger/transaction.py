@@ -10,12 +10,16 @@ from broker.ledger import chain
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """Where the chain stands. since: when the epoch started, microseconds since 1970."""
+    """Where the chain stands.
+
+    since: when the epoch started, microseconds since 1970. standing: the last record about what stands (standing.py).
+    """
 
     seq: int
     hash: bytes
     epoch: int
     since: int
+    standing: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +36,7 @@ class Transaction:
     head: bytes
     epoch: int
     since: int
+    standing: int
     open: dict[int, int]
     records: list[tuple[int, bytes, bytes]] = field(default_factory=list)
     credentials: list[tuple[int, str, int, int]] = field(default_factory=list)
@@ -73,7 +78,7 @@ class Transaction:
 
     def reached(self) -> Head:
         """Where the chain stands once this is committed."""
-        return Head(seq=self.seq, hash=self.head, epoch=self.epoch, since=self.since)
+        return Head(seq=self.seq, hash=self.head, epoch=self.epoch, since=self.since, standing=self.standing)
 
 
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")

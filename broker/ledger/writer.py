@@ -140,6 +140,7 @@ class Writer:
             head=self.head.hash,
             epoch=self.head.epoch,
             since=self.head.since,
+            standing=self.head.standing,
             open=self.open,
         )
 

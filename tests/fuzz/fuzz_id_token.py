@@ -14,8 +14,9 @@ from support.pki import NOW, JwtAuthority, jwks, jws, seeded_ec_key
 
 from broker.errors import Refused, Unavailable
 from broker.identity import oidc_issuer
-from broker.identity.id_token import ALGORITHMS, IdTokens, VerifiedPerson
+from broker.identity.id_token import IdTokens, VerifiedPerson
 from broker.identity.oidc_issuer import IssuerSettings, OidcIssuer, OidcKey, parse_keys
+from broker.identity.others_jws import ALGORITHMS
 
 ISSUER = "https://login.acme.test"
 CLIENT_ID = "action-broker"

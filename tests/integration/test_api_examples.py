@@ -147,7 +147,7 @@ def write_files(folder: Path, places: Mapping[str, str]) -> None:
     (folder / "bin").mkdir()
     commands = {
         "action-broker": f'#!/bin/sh\nexec {sys.executable} {folder}/entitled.py -m broker.cli "$@"\n',
-        "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "python3": f'#!/bin/sh\nexec {sys.executable} {folder}/entitled.py "$@"\n',
         "sudo": SUDO,
     }
     for name, text in commands.items():

@@ -9,6 +9,7 @@ import pytest
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 NEEDS = {"bench_attested": pytest.mark.spire, "bench_signing": pytest.mark.softhsm}
 NAMES = sorted(path.stem for path in BENCH.glob("bench_*.py"))
+SCOPE_KINDS = ("policy", "ticket", "approval", "session", "process_exit")
 PROMISED = {
     "bench_attested": {"attested_token_rate_vs_spire_signed"},
     "bench_double": {"double_redemptions"},
@@ -16,6 +17,13 @@ PROMISED = {
     "bench_ledger": {"ledger_10m_rows_vs_empty"},
     "bench_policies": {"policies_10000_vs_10"},
     "bench_signing": {"keyless_signature_per_two_empty_rpcs", "hsm_signature_per_two_empty_rpcs"},
+    "bench_scope": {
+        *(f"refuse_ms_{kind}" for kind in SCOPE_KINDS),
+        *(f"refuse_{kind}_p99_per_bare_fanout" for kind in SCOPE_KINDS),
+        "mass_suspend_ms",
+        "mass_decide_per_bare_decisions",
+        "mass_request_p99_per_idle",
+    },
     "bench_stages": {"stages_per_empty_rpc"},
 }
 

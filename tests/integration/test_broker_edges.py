@@ -1,5 +1,6 @@
 """What any gRPC client finds at a running broker: health, reflection, the stream, and Explain for operators."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -248,3 +249,14 @@ async def test_an_answer_over_a_connection_names_no_nonce_where_none_is_used(who
         said = await unix.ask("RequestActionToken", broker_pb2.RequestActionTokenRequest(action=act(), spiffe_id=AGENT))
         assert said.message.token.token_type == "DPoP"
         assert said.trailers["dpop-nonce"]
+
+
+async def test_a_grpc_connection_ends_with_its_age_so_that_handshakes_happen_with_todays_roots() -> None:
+    with whole_broker(grpc={"max_connection_age_s": 10}) as whole:
+        async with grpc.aio.insecure_channel(whole.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            assert channel.get_state() is grpc.ChannelConnectivity.READY
+            async with asyncio.timeout(13):  # gRPC spreads it by a tenth, so that not all come back at once
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            await health.Check(health_pb2.HealthCheckRequest())

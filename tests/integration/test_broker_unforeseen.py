@@ -8,6 +8,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 from support.exchanging import Exchanging, exchanging
+from support.scope import ScopeAround
 from support.whole_broker import AGENT, Wire, act, request
 
 from broker._proto.actionbroker.v1 import broker_pb2
@@ -16,11 +17,14 @@ from broker.approval_text import Texts
 from broker.approvals import Approvals
 from broker.edges.grpc_approvals import ApprovalsService
 from broker.edges.grpc_peer import Identifier
+from broker.edges.grpc_scope import ScopeService
 from broker.edges.grpc_server import ActionBrokerService, GrpcServer
+from broker.edges.grpc_sessions import SessionCalls
 from broker.edges.metrics import Metrics
 from broker.identity.unix_front import UnixFront
+from broker.ledger.session_store import Sessions
 from broker.operate import Operators
-from broker.recheck import Recheck
+from broker.scoring import Scoring
 from broker.sign import Signing
 
 SECRET = "not for callers"
@@ -44,9 +48,10 @@ async def wire(found: Exchanging, tmp_path: Path) -> AsyncIterator[Wire]:
     private.mkdir(mode=0o700)
     front = UnixFront(tmp_path / "s", private / "grpc")
     identifier, metrics = Identifier(found.exchange, front.peer), Metrics()
+    around = ScopeAround(found.exchange, found.now)
     service = ActionBrokerService(
         found.exchange,
-        Recheck(found.exchange, {}),
+        around.recheck({}),
         Operators(found.exchange),
         Signing(found.exchange, Means(issuer=found.exchange.issuer)),
         identifier=identifier,
@@ -56,7 +61,18 @@ async def wire(found: Exchanging, tmp_path: Path) -> AsyncIterator[Wire]:
     desk = ApprovalsService(
         Approvals(found.exchange, Texts()), found.exchange, identifier=identifier, metrics=metrics, clock=found.now
     )
-    server = GrpcServer(service, desk, max_concurrent=100, max_connection_age_s=600)
+    sessions = SessionCalls(Scoring(found.exchange, Sessions(found.exchange.ledger.submit)), identifier)
+    scope = ScopeService(
+        found.exchange,
+        around.feed,
+        {},
+        sessions,
+        around.revocation(identifier),
+        identifier=identifier,
+        metrics=metrics,
+        clock=found.now,
+    )
+    server = GrpcServer(service, desk, scope, max_concurrent=100, max_connection_age_s=600)
     server.listen_unix(str(private / "grpc"))
     await server.start()
     await front.start()

@@ -1,9 +1,6 @@
-"""The guard in front of an ASGI application, served by uvicorn (DPoP) and over mutual TLS."""
+"""The guard in front of an HTTP service: ASGI, served by uvicorn, and aiohttp; DPoP, and mutual TLS."""
 
-import asyncio
 import contextlib
-import io
-import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -12,178 +9,44 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 from aiohttp import web
-from support.issuer import AUDIENCE, CALLER, Issuer, Prover, guard_for, x5t
+from support.http_orders import (
+    BASE,
+    ISSUER,
+    PUBLIC,
+    REFUND,
+    RULES,
+    Orders,
+    Service,
+    act,
+    by_aiohttp,
+    dpop,
+    now,
+    refused,
+    serving,
+    tls_files,
+    token,
+)
+from support.issuer import AUDIENCE, CALLER, guard_for, x5t
 from support.pki import CA, Svid, der
 
-from broker import guard
 from broker.action import Action
 from broker.errors import Reason
-from broker.guard import GuardMiddleware, Request, Rule, Table
-from broker.status import CORRELATION_ID, STATUS
-
-BASE = "https://orders.acme.test"
-ISSUER, PROVER = Issuer(), Prover()
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-def act(order: str = "17", **parameters: Any) -> Action:
-    return Action("orders.refund", f"{BASE}/v1/orders/{order}", AUDIENCE, parameters or {"amount": 30})
-
-
-def order(request: Request) -> str:
-    return f"{BASE}/v1/orders/{request.params['id']}"
-
-
-def amount(request: Request) -> dict[str, Any]:
-    return {"amount": request.json()["amount"]}
-
-
-@guard.action("orders.declared", resource=order, method=("POST", "/declared/{id}"))
-async def declared(scope: Any, receive: Any, send: Any) -> None:
-    await answer(send, scope, await read(receive))
-
-
-TABLE = Table(
-    [
-        Rule(
-            method=("POST", "/v1/orders/{id}/refund"),
-            action="orders.refund",
-            resource=order,
-            parameters=amount,
-            body=True,
-        ),
-        Rule(
-            method=("GET", "/v1/orders/{id}"),
-            action="orders.refund",
-            resource=order,
-            parameters=lambda r: {"amount": int(r.query("amount"))},
-        ),
-        declared,
-    ],
-    public=[("GET", "/healthz")],
-)
-
-
-async def read(receive: Any) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return body
-
-
-async def answer(send: Any, scope: Any, body: bytes) -> None:
-    try:
-        who = guard.current().principal
-    except LookupError:
-        who = "nobody"
-    shown = json.dumps({"who": who, "path": scope["path"], "body": body.decode()}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(shown)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": shown})
-
-
-class Orders:
-    """The application behind the guard; `seen` counts what reached it."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.seen += 1
-        if scope["path"].startswith("/declared/"):
-            await declared(scope, receive, send)
-        else:
-            await answer(send, scope, await read(receive))
-
-
-class Service:
-    """A running server and a client session to it."""
-
-    def __init__(self, orders: Orders, origin: str, session: aiohttp.ClientSession) -> None:
-        self.orders, self.origin, self.session = orders, origin, session
-
-    async def call(
-        self, method: str, path: str, headers: Any = (), *, body: Any = None, raw: bytes | None = None
-    ) -> tuple[int, dict[str, Any], Any]:
-        data = raw if body is None else json.dumps(body).encode()
-        stream = None if data is None else io.BytesIO(data)
-        sent = [*headers, ("content-type", "application/json")] if data is not None else list(headers)
-        async with self.session.request(
-            method,
-            aiohttp.client.URL(self.origin + path, encoded=True),
-            headers=sent,
-            data=stream,
-            allow_redirects=False,
-        ) as response:
-            return response.status, await response.json(content_type=None), response.headers
-
+from broker.guard import GuardMiddleware, Table, guard_application
 
 Serve = Callable[..., Awaitable[Service]]
 
 
-@pytest.fixture
-async def serve() -> AsyncIterator[Serve]:
-    """Uvicorn on loopback, in this loop."""
+@pytest.fixture(params=["asgi", "aiohttp"])
+async def serve(request: pytest.FixtureRequest) -> AsyncIterator[Serve]:
+    """The service on loopback, in this loop, in each of the two ways."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**changes: Any) -> Service:
-            orders = Orders()
-            app = GuardMiddleware(orders, await guard_for(ISSUER, **({"clock": now} | changes)), TABLE, base_url=BASE)
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
-            server.install_signal_handlers = lambda: None
-            started = asyncio.Event()
-            begin = server.startup
-
-            async def startup(sockets: Any = None) -> None:
-                await begin(sockets)
-                started.set()
-
-            server.startup = startup
-            task = asyncio.create_task(server._serve())
-            await started.wait()
-
-            async def stop() -> None:
-                server.should_exit = True
-                await task
-
-            stack.push_async_callback(stop)
-            session = await stack.enter_async_context(aiohttp.ClientSession())
-            port = server.servers[0].sockets[0].getsockname()[1]
-            return Service(orders, f"http://127.0.0.1:{port}", session)
+            checker = await guard_for(ISSUER, **({"clock": now} | changes))
+            return await stack.enter_async_context(serving(request.param, checker))
 
         yield start
-
-
-COUNT = iter(range(10_000))
-
-
-def token(action: Action, **changes: Any) -> str:
-    defaults = {"cnf": PROVER.cnf, "jti": f"token-{next(COUNT)}", "now": now()}
-    return ISSUER.token(action, **(defaults | changes))
-
-
-def dpop(access: str, method: str, path: str, **changes: Any) -> list[tuple[str, str]]:
-    proof = PROVER.proof(access, **({"now": now(), "htm": method, "htu": BASE + path} | changes))
-    return [("authorization", f"DPoP {access}"), ("dpop", proof)]
-
-
-def refused(answered: tuple[int, dict[str, Any], Any], reason: Reason, challenge: str | None) -> None:
-    status, body, headers = answered
-    assert (status, body["reason"]) == (STATUS[reason].http, str(reason)), body
-    assert set(body) == {"type", "status", "reason", "correlation_id"}  # and nothing else: invariant 9
-    assert headers["content-type"] == "application/problem+json"
-    assert headers["cache-control"] == "no-store"
-    assert headers[CORRELATION_ID] == body["correlation_id"]
-    assert headers.get("www-authenticate") == challenge
-
-
-REFUND = "/v1/orders/17/refund"
 
 
 async def test_a_key_bound_token_admits_its_act_and_the_body_reaches_the_application(serve: Serve) -> None:
@@ -299,6 +162,23 @@ async def test_an_oversized_or_ambiguous_body_is_refused_and_a_strangers_is_not_
     assert service.orders.seen == 0
 
 
+async def test_a_body_is_read_to_the_limit_and_no_further(serve: Serve) -> None:
+    service = await serve()
+    sent = 0  # MiB
+
+    async def long() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 64:
+            yield b"x" * 1024 * 1024
+            sent += 1
+
+    headers = [*dpop(token(act()), "POST", REFUND), ("content-type", "application/json")]
+    async with service.open("POST", REFUND, headers, data=long()) as response:
+        assert (response.status, (await response.json(content_type=None))["reason"]) == (400, "malformed")
+    assert sent < 64
+    assert service.orders.seen == 0
+
+
 async def test_a_rule_at_the_handler_counts_and_knows_whether_it_was_the_one(serve: Serve) -> None:
     service = await serve()
     path = "/declared/17"
@@ -347,32 +227,30 @@ def bridge(app: Any) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     return handle
 
 
-def tls_files(folder: Path, ca: CA, svid: Svid, name: str) -> tuple[str, str, str]:
-    paths = [folder / f"{name}.{part}" for part in ("ca", "chain", "key")]
-    chain = svid.chain_pem
-    for path, data in zip(
-        paths, (ssl.DER_cert_to_PEM_cert(der(ca.certificate)).encode(), chain, svid.key_pem), strict=True
-    ):
-        path.write_bytes(data)
-    return tuple(map(str, paths))
+def behind_guard(edge: str, orders: Orders, checker: Any) -> web.Application:
+    table = Table(RULES, public=PUBLIC)
+    if edge == "aiohttp":
+        app = orders.aiohttp()
+        guard_application(app, checker, table, base_url=BASE)
+    else:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", bridge(GuardMiddleware(orders, checker, table, base_url=BASE)))
+    return app
 
 
-async def test_a_certificate_bound_token_admits_over_mutual_tls_its_own_connection_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("edge", ["asgi", "aiohttp"])
+async def test_a_certificate_bound_token_admits_over_mutual_tls_its_own_connection_alone(
+    edge: str, tmp_path: Path
+) -> None:
     ca = CA(now=now())
     roots, chain, key = tls_files(tmp_path, ca, ca.svid(AUDIENCE), "server")
     server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=roots)
     server_tls.verify_mode = ssl.CERT_OPTIONAL
     server_tls.load_cert_chain(chain, key)
     orders = Orders()
-    handler = bridge(GuardMiddleware(orders, await guard_for(ISSUER, clock=now), TABLE, base_url=BASE))
-    runner = web.ServerRunner(web.Server(handler))
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server_tls)
-    await site.start()
-    origin = f"https://127.0.0.1:{runner.addresses[0][1]}"
     caller, thief = ca.svid(CALLER), ca.svid("spiffe://acme.test/build/thief")
 
-    async def call(svid: Svid | None, access: str) -> tuple[int, Any]:
+    async def call(origin: str, svid: Svid | None, access: str) -> tuple[int, Any]:
         context = ssl.create_default_context(cafile=roots)
         context.check_hostname = False
         if svid:
@@ -383,11 +261,13 @@ async def test_a_certificate_bound_token_admits_over_mutual_tls_its_own_connecti
             )
             return status, body
 
-    try:
-        access = token(act(), cnf=x5t(der(caller.leaf)))
-        assert (await call(thief, access))[1]["reason"] == "key_mismatch"
-        assert (await call(None, access))[1]["reason"] == "key_mismatch"
-        assert (await call(caller, access)) == (200, {"who": CALLER, "path": REFUND, "body": '{"amount": 30}'})
-        assert (await call(caller, access))[1]["reason"] == "already_used"
-    finally:
-        await runner.cleanup()
+    access = token(act(), cnf=x5t(der(caller.leaf)))
+    app = behind_guard(edge, orders, await guard_for(ISSUER, clock=now))
+    async with by_aiohttp(app, server_tls) as origin:
+        assert (await call(origin, thief, access))[1]["reason"] == "key_mismatch"
+        assert (await call(origin, None, access))[1]["reason"] == "key_mismatch"
+        assert (await call(origin, caller, access)) == (
+            200,
+            {"who": CALLER, "path": REFUND, "body": '{"amount": 30}'},
+        )
+        assert (await call(origin, caller, access))[1]["reason"] == "already_used"

@@ -1,4 +1,7 @@
-"""An OAuth client library that is not ours (Authlib over httpx2) gets tokens without knowing anything about us."""
+"""An OAuth client library that is not ours (Authlib over httpx2) gets, asks about and gives back tokens.
+
+It knows nothing about us.
+"""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -10,7 +13,7 @@ import pytest
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
-from support.http_broker import CALLER, ISSUER, HttpBroker, details, http_broker
+from support.http_broker import CALLER, ISSUER, ORDERS, HttpBroker, details, http_broker
 from support.pki import Svid
 
 from broker.credentials.dpop import ProofKey
@@ -92,3 +95,34 @@ async def test_authlib_reads_our_refusals_as_oauth_errors(broker: HttpBroker) ->
             with pytest.raises(OAuthError) as caught:
                 await fetch(session, broker, asked=asked)
             assert caught.value.error == error
+
+
+async def test_authlib_asks_about_a_token_and_gives_it_back(broker: HttpBroker) -> None:
+    introspection, revocation = f"{broker.url}/oauth2/introspect", f"{broker.url}/oauth2/revoke"
+    async with client(broker, "none", broker.svid()) as holder, client(broker, "none", broker.svid(ORDERS)) as service:
+        service.client_id = ORDERS
+        token = (await fetch(holder, broker))["access_token"]
+        spared = (await fetch(holder, broker))["access_token"]
+        for session in (holder, service):
+            found = (await session.introspect_token(introspection, token=token, token_type_hint="access_token")).json()
+            assert (found["active"], found["sub"], found["iss"]) == (True, CALLER, ISSUER)
+        assert (await service.revoke_token(revocation, token=token)).status_code == 200
+        assert (await service.introspect_token(introspection, token=token)).json()["active"], "it is not the service's"
+        answer = await holder.revoke_token(revocation, token=token, token_type_hint="access_token")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert (await service.introspect_token(introspection, token=token)).json() == {"active": False}
+        assert (await service.introspect_token(introspection, token=spared)).json()["active"]
+    async with client(broker, "none") as nobody:
+        for ask, url in ((nobody.introspect_token, introspection), (nobody.revoke_token, revocation)):
+            refused = await ask(url, token=spared)
+            assert (refused.status_code, refused.json()["error"]) == (401, "invalid_client")
+
+
+async def test_authlib_asks_with_a_jwt_svid(broker: HttpBroker) -> None:
+    async with client(broker, "none", broker.svid()) as holder:
+        token = (await fetch(holder, broker))["access_token"]
+    url, key = f"{ISSUER}/oauth2/introspect", ProofKey()
+    async with client(broker, "spiffe_jwt") as session:
+        proof = broker.prove(key, await broker.nonce(), url=url)
+        answer = await session.introspect_token(f"{broker.url}/oauth2/introspect", token=token, headers={"DPoP": proof})
+        assert answer.json()["active"]

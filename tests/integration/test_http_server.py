@@ -54,16 +54,24 @@ async def plain(broker: HttpBroker, path: str, method: str = "GET") -> tuple[int
 async def test_metadata_names_the_issuer_and_only_what_is_offered(broker: HttpBroker) -> None:
     answer = await broker.get("/.well-known/oauth-authorization-server")
     assert answer.headers["Content-Type"] == "application/json"
-    assert answer.body == {
+    assert answer.headers["Cache-Control"] == "public, max-age=3600"
+    algorithms = [f"{family}{size}" for family in ("ES", "PS", "RS") for size in (256, 384, 512)]
+    authenticated = {
+        f"{name}_endpoint_auth_{what}": value
+        for name in ("token", "introspection", "revocation")
+        for what, value in (
+            ("methods_supported", ["tls_client_auth", "spiffe_x509", "spiffe_jwt"]),
+            ("signing_alg_values_supported", algorithms),
+        )
+    }
+    assert answer.body == authenticated | {
         "issuer": ISSUER,
         "token_endpoint": f"{ISSUER}/oauth2/token",
+        "introspection_endpoint": f"{ISSUER}/oauth2/introspect",
+        "revocation_endpoint": f"{ISSUER}/oauth2/revoke",
         "jwks_uri": f"{ISSUER}/.well-known/jwks.json",
         "grant_types_supported": ["client_credentials", "urn:ietf:params:oauth:grant-type:token-exchange"],
         "response_types_supported": ["none"],
-        "token_endpoint_auth_methods_supported": ["tls_client_auth", "spiffe_x509", "spiffe_jwt"],
-        "token_endpoint_auth_signing_alg_values_supported": [
-            f"{family}{size}" for family in ("ES", "PS", "RS") for size in (256, 384, 512)
-        ],
         "tls_client_certificate_bound_access_tokens": True,
         "dpop_signing_alg_values_supported": ["ES256"],
         "authorization_details_types_supported": ["action"],
@@ -275,7 +283,7 @@ async def test_a_body_that_says_it_is_too_large_is_not_waited_for(broker: HttpBr
 
 
 async def test_a_slow_body_is_cut_off(broker: HttpBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.edges.http_token.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("broker.edges.http_clients.BODY_TIMEOUT_S", 0.05)
     answer = await raw(broker, FORM + b"Content-Length: 100\r\n\r\ngrant_type=")
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"error":"invalid_request"' in answer

@@ -1,19 +1,16 @@
 """The whole product on a real SPIRE: workloads are processes of three users, known by nothing but their processes."""
 
-import asyncio
-import json
 import os
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from support.broker import RunningBroker, folder_for, start, write_config
-from support.processes import PATIENCE_S, Child, running, until
+from support.broker import RunningBroker
+from support.on_spire import NOTICED_S, Workload, broker_in, workloads_of
+from support.processes import until
 from support.spire import Spire
-from support.trust_domain import TESTS
-from support.whole_broker import POLICIES, RESOURCE
+from support.whole_broker import RESOURCE
 
 from broker.errors import Reason
 from broker.ledger.reading import read
@@ -23,63 +20,6 @@ pytestmark = [pytest.mark.spire, pytest.mark.root]
 
 AGENT, ORDERS, OTHER = "spiffe://acme.test/build/agent", "spiffe://acme.test/service/orders", "spiffe://acme.test/other"
 UIDS = {AGENT: 1600, ORDERS: 1700, OTHER: 1800}
-NOTICED_S = 15.0
-"""How long SPIRE may take until a changed entry reaches its agent."""
-LIMITS = {"requests_per_second": 10_000, "burst": 10_000}
-
-
-class Workload:
-    """Talks to a process of support/workload.py."""
-
-    def __init__(self, child: Child) -> None:
-        self._child = child
-
-    async def do(self, what: str, **arguments: Any) -> Any:
-        self._child.tell(json.dumps({"do": what, **arguments}))
-        return json.loads(await self._child.line())
-
-    async def token(self, action: str = "orders.read", *, transport: str = "unix", **changes: str) -> str:
-        """Empty when there was one, else the reason why not."""
-        asked = {"resource": RESOURCE, "audience": ORDERS} | changes
-        return await self.do("token", transport=transport, action=action, **asked)
-
-    async def until_token(self, wanted: str = "", within_s: float = PATIENCE_S, **how: str) -> None:
-        """Asks until the answer is `wanted`: what changes at the server takes a moment to reach the agent."""
-        answer = None
-        try:
-            async with asyncio.timeout(within_s):
-                while (answer := await self.token(**how)) != wanted:  # noqa: ASYNC110 - SPIRE brings it about
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            pytest.fail(f"still {answer!r} after {within_s} s, not {wanted!r}")
-
-
-@contextmanager
-def broker_in(spire: Spire) -> Iterator[RunningBroker]:
-    """A broker as a workload of this SPIRE: root's, like this process."""
-    with folder_for(POLICIES) as folder:
-        config = write_config(
-            folder, spire.workload_api, spire.broker_api, limits=LIMITS, grpc={"max_connection_age_s": 600}
-        )
-        with start(config) as broker:
-            yield broker
-
-
-@contextmanager
-def workload_of(uid: int, broker: RunningBroker, spire: Spire) -> Iterator[Workload]:
-    command = ["-m", "support.workload", uid, broker.socket, broker.grpc_port, broker.http_port, spire.workload_api]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    with running(sys.executable, *map(str, command), env=environment) as child:
-        yield Workload(child)
-
-
-@asynccontextmanager
-async def workloads_of(broker: RunningBroker, spire: Spire, *uids: int) -> AsyncIterator[list[Workload]]:
-    async with AsyncExitStack() as stack:
-        found = [stack.enter_context(workload_of(uid, broker, spire)) for uid in uids]
-        for one in found:
-            assert json.loads(await one._child.line()) == "ready"
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ class Approving:
         """A token, or why not."""
         asker = replace(self.parts.caller(), identity=self.who(caller))
         return await self.parts.exchange.request(
-            asker, lambda: action or publish(), self.now(), CORRELATION, request_id=request_id
+            asker, lambda: action or publish(), self.now(), CORRELATION, Presented(request_id=request_id)
         )
 
     async def why_not(self, credential: str = "", *, request_id: str = REQUEST_ID) -> Reason | None:

@@ -106,10 +106,13 @@ async def exchanging(
     policies: Mapping[str, str] = POLICIES,
     attestors: Mapping[str, Attestor] | None = None,
     burst: int = 1000,
+    before: Exchanging | None = None,
 ) -> AsyncIterator[Exchanging]:
-    """One in `folder`, which may have a ledger already."""
+    """One in `folder`, which may have a ledger already. before: whose trust domain it is in, else one of its own."""
     authority, signer = CA(now=datetime.now(UTC)), JwtAuthority()
     trust = snapshot(authority.bundle(signer), own=authority.svid(BROKER).own())
+    if before is not None:
+        authority, signer, trust = before.authority, before.signer, before.trust
     found = Exchanging(folder, authority, signer, trust)
     (folder / "policy").mkdir(exist_ok=True)
     for name, text in policies.items():

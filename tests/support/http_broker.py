@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import aiohttp
 from multidict import CIMultiDict
 from support.pki import CA, JwtAuthority, Svid, der, snapshot
+from support.scope import ScopeAround
 
 from attestors.contract import Attestor, Facts, Process
 from broker.credentials.dpop import ProofKey
@@ -23,6 +24,7 @@ from broker.decision.attest import Attestation
 from broker.decision.quota import Quota
 from broker.decision.store import PolicyStore
 from broker.edges.http_app import build_app, build_operations_app
+from broker.edges.http_asking import add_asking
 from broker.edges.http_server import HttpServer
 from broker.edges.metrics import Metrics
 from broker.exchange import Exchange
@@ -36,6 +38,9 @@ from broker.ledger.store import Ledger
 ISSUER = "https://broker.acme.test"
 CALLER = "spiffe://acme.test/build/agent"
 BROKER = "spiffe://acme.test/action-broker"
+ORDERS = "spiffe://acme.test/service/orders"
+"""It speaks for AUDIENCE, which is no SPIFFE ID."""
+AUDIENCE = "https://orders.acme.test"
 LOCALHOST = "127.0.0.1"
 
 SCHEMA = """
@@ -63,7 +68,7 @@ def details(**changes: Any) -> str:
                 "type": "action",
                 "actions": ["orders.refund"],
                 "identifier": "https://orders.acme.test/orders/17",
-                "locations": ["https://orders.acme.test"],
+                "locations": [AUDIENCE],
                 "parameters": {"amount": 5},
             }
             | changes
@@ -121,6 +126,7 @@ class HttpBroker:
     tls: ServerTls
     server: HttpServer
     operations: HttpServer
+    scope: ScopeAround
     ahead: timedelta = timedelta()
 
     ledger_file: Path = field(default_factory=Path)
@@ -275,14 +281,12 @@ async def http_broker(
             quota=Quota(0.001, burst, 100),
         )
         tls = ServerTls(trust)
-        server = HttpServer(
-            build_app(exchange, metrics, ready, now, operations=with_operations),
-            (LOCALHOST, 0),
-            tls.http_context(),
-            **limits,
-        )
+        app, scope = build_app(exchange, metrics, ready, now, operations=with_operations), ScopeAround(exchange, now)
+        recheck = scope.recheck({AUDIENCE: frozenset({ORDERS})})
+        add_asking(app, exchange, recheck, scope.deciding, metrics, now)
+        server = HttpServer(app, (LOCALHOST, 0), tls.http_context(), **limits)
         operations = HttpServer(build_operations_app(metrics, ready, now), (LOCALHOST, 0), None)
-        broker = HttpBroker(authority, signer, trust, exchange, metrics, ready, tls, server, operations)
+        broker = HttpBroker(authority, signer, trust, exchange, metrics, ready, tls, server, operations, scope)
         broker.ledger_file = folder / "ledger.db"
         made.append(broker)
         await server.start()

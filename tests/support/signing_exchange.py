@@ -23,8 +23,9 @@ from broker.acts import Means, Signed
 from broker.client.signing import signing_action
 from broker.decision.attest import Attestation
 from broker.exchange import Caller
-from broker.redemption import Spending
+from broker.presented import NOTHING
 from broker.sign import Signing
+from broker.spending import Spending
 
 
 @dataclass
@@ -44,7 +45,9 @@ class SigningExchange:
     async def grant(self, **changes: Any) -> str:
         """A grant of the caller's."""
         envelope, action = self.builder.envelope(), self.action(**changes)
-        issued = await self.signing.grant(self.caller, lambda: action, [envelope], "", self.parts.now(), CORRELATION)
+        issued = await self.signing.grant(
+            self.caller, lambda: action, [envelope], NOTHING, self.parts.now(), CORRELATION
+        )
         self.envelopes[issued.token] = envelope
         return issued.token
 

@@ -22,6 +22,7 @@ from support.measured_server import ISSUER, measured, now, obey
 
 from attestors.contract import AttestationRequest, Attestor, FactKey, Facts
 from broker.acts import Means
+from broker.decision.store import PolicyStore
 from broker.ledger.store import Ledger
 from broker.signing.authority import Authority
 from broker.signing.ca_make import ISSUING_LIFETIME, ROOT_LIFETIME, make_issuing, make_root
@@ -81,11 +82,15 @@ class InMemory:
 
     async def watch(self) -> AsyncIterator[FactKey]:
         """Nothing changes."""
-        return
-        yield
+        await asyncio.Event().wait()
+        yield FactKey("")
+
+    def blind(self) -> dict[str, float]:
+        """It sees everything."""
+        return {}
 
 
-def attestors(_: Ledger) -> dict[str, Attestor]:
+def attestors(_: Ledger, __: PolicyStore) -> dict[str, Attestor]:
     """All that the policies name."""
     return {name: InMemory(name) for name in SEEN}
 

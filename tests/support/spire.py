@@ -183,6 +183,12 @@ class Spire:
             _end(self._agent, signal.SIGKILL)
             self._agent = None
 
+    @property
+    def agent_pid(self) -> int:
+        """To stop it in its tracks, and let it go on."""
+        assert self._agent is not None
+        return self._agent.pid
+
     def _fill(self, template: str) -> str:
         return template.format(
             folder=self.folder,
@@ -264,6 +270,15 @@ class Spire:
     def defederate(self, other: "Spire") -> None:
         """Takes the other's bundle away, also from the entries that name it."""
         self.server("bundle", "delete", "-id", f"spiffe://{other.name}", "-mode", "dissociate")
+
+    def prepare_authority(self) -> str:
+        """Makes an X.509 authority that is trusted and signs nothing yet. Its ID."""
+        made = json.loads(self.server("localauthority", "x509", "prepare", "-output", "json"))
+        return str(made["prepared_authority"]["authority_id"])
+
+    def authority(self, do: str, authority_id: str) -> None:
+        """`activate` one that was prepared; `taint` and then `revoke` the one that signed before."""
+        self.server("localauthority", "x509", do, "-authorityID", authority_id)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:

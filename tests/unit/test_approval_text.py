@@ -176,3 +176,12 @@ def test_a_folder_is_read_whole_and_all_its_mistakes_are_told_together(tmp_path:
     assert len(str(unread.value).splitlines()) == 2
     with pytest.raises(OSError, match="nowhere"):
         Texts.load(tmp_path / "nowhere")
+
+
+def test_templates_are_read_once_and_what_is_written_later_changes_no_text(tmp_path: Path) -> None:
+    (tmp_path / "release.sign.txt").write_text("Release it?")
+    texts = Texts.load(tmp_path)
+    (tmp_path / "release.sign.txt").write_text("Feed the cat?")
+    (tmp_path / "default.txt").write_text("Whatever?")
+    assert texts.render(request()).endswith("Release it?")
+    assert Texts.load(tmp_path).render(request()).endswith("Feed the cat?")

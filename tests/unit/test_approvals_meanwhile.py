@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.approving import Approving, approving, digest_of, publish
 from support.exchanging import CORRELATION
+from support.scope import ScopeAround
 from support.whole_broker import ISSUER, ORDERS
 
 from attestors.approval import ApprovalAttestor, ApprovalSeen
@@ -16,7 +17,6 @@ from broker.approval_records import RecordedApprovals
 from broker.decision.attest import Attestation
 from broker.errors import ApprovalRequired, BrokerError, Reason, Refused
 from broker.ledger.records import Intent, Record, Redemption
-from broker.recheck import Recheck
 
 ID = "idempotency-id-1"
 
@@ -81,12 +81,18 @@ async def test_a_token_is_not_minted_on_an_approval_that_was_withdrawn_while_it_
 
 
 def checks(found: Approving, token: str) -> object:
-    asker, recheck = found.parts.caller(ORDERS), Recheck(found.parts.exchange, {ISSUER: frozenset({ORDERS})})
+    asker, recheck = (
+        found.parts.caller(ORDERS),
+        ScopeAround(found.parts.exchange, found.parts.now).recheck({ISSUER: frozenset({ORDERS})}),
+    )
     return recheck.check(asker, token, publish, found.now(), CORRELATION)
 
 
 def redeems(found: Approving, token: str) -> object:
-    asker, recheck = found.parts.caller(ORDERS), Recheck(found.parts.exchange, {ISSUER: frozenset({ORDERS})})
+    asker, recheck = (
+        found.parts.caller(ORDERS),
+        ScopeAround(found.parts.exchange, found.parts.now).recheck({ISSUER: frozenset({ORDERS})}),
+    )
     return recheck.redeem(asker, token, publish, ID, found.now(), CORRELATION)
 
 

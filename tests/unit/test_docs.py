@@ -1,11 +1,9 @@
 """What the documents say is so: links lead somewhere, named tests and files exist, tables are those of the code."""
 
-import importlib
 import re
 import tomllib
 import typing
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import click
 import msgspec
 import pytest
 from pydantic import BaseModel
+from support.constants import value_of
 from tools.missing_parts import NEEDS
 
 from broker.cli import main
@@ -27,7 +26,9 @@ from broker.ledger import records
 from broker.status import STATUS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CHANGELOG.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))]
+PAGES = ["README.md", "CHANGELOG.md"] + [
+    str(page.relative_to(ROOT)) for folder in ("docs", "examples") for page in sorted((ROOT / folder).rglob("*.md"))
+]
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of the machine that a page was written on, and where packages come from: both are the reader's own.
@@ -91,10 +92,13 @@ def test_every_file_that_is_named_exists(page: str) -> None:
         assert list(ROOT.glob(name.rstrip("/"))), f"{page} names {name}"
 
 
-def test_every_test_that_the_threat_model_names_exists_and_each_threat_names_one() -> None:
-    page = read("docs/threat-model.md")
+def existing_tests() -> set[str]:
     files = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
-    existing = {name for text in files for name in re.findall(r"^\s*(?:async )?def (test_\w+)", text, re.MULTILINE)}
+    return {name for text in files for name in re.findall(r"^\s*(?:async )?def (test_\w+)", text, re.MULTILINE)}
+
+
+def test_every_test_that_the_threat_model_names_exists_and_each_threat_names_one() -> None:
+    page, existing = read("docs/threat-model.md"), existing_tests()
     named = re.findall(r"`(test_\w+)`", page)
     assert [name for name in named if name not in existing] == []
     assert len(named) > 100
@@ -203,6 +207,19 @@ def test_the_table_of_commands_has_every_command() -> None:
     assert words == {word for name in commands(main, click.Context(main)) for word in name.split()}
 
 
+def test_each_bound_of_what_may_be_stale_names_tests_that_exist() -> None:
+    bounds, _, shown_by = read("docs/staleness.md").partition("## Shown by")
+    rows = [row.split(" | ")[0] for row in ROW.findall(bounds) if not row.startswith(("what |", "what changes |"))]
+    assert len(rows) > 150
+    assert len(set(rows)) == len(rows), "each row has a name of its own"
+    shown_rows = [row.split(" | ") for row in ROW.findall(shown_by)][1:]
+    assert [row[0] for row in shown_rows] == rows
+    existing = existing_tests()
+    named = [(row[0], re.findall(r"`(test_\w+)`", row[1])) for row in shown_rows]
+    assert [name for name, tests in named if not tests] == []
+    assert [(name, test) for name, tests in named for test in tests if test not in existing] == []
+
+
 KEPT = re.compile(r"self\._\w+: (?:Final\[)?(?:dict|set|deque|OrderedDict|Counter)\[.*\] = |^    _\w+: Final\[dict\[")
 """What an object keeps from one call to the next, as this code writes it."""
 
@@ -235,18 +252,6 @@ def test_the_policy_in_the_readme_is_what_policy_init_writes(tmp_path: Path) -> 
     found = re.search(r"^```cedar shown\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert found is not None
     assert found[1] in (tmp_path / "policy/example.cedar").read_text(encoding="utf-8")
-
-
-def value_of(name: str) -> float:
-    """`module:NAME` or `module:Class.field`, in the unit that the tables have: seconds, bytes or a number."""
-    module, _, path = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        fields = getattr(found, "__dataclass_fields__", None) or getattr(found, "model_fields", {})
-        found = fields[part].default if part in fields else getattr(found, part)
-    if isinstance(found, timedelta):
-        return found.total_seconds()
-    return found / 1000 if path.endswith("_MS") else found
 
 
 def test_lifetimes_and_limits_are_those_in_the_code() -> None:

@@ -9,13 +9,14 @@ import pytest
 from support.exchanging import CORRELATION, OWN_PID, Exchanging, act, exchanging
 from support.pki import CA, JwtAuthority, snapshot
 from support.processes import script
+from support.scope import ScopeAround
 from support.whole_broker import AGENT, ORDERS, POLICY
 
 from broker.action import Action
 from broker.errors import BrokerError, Invalid, Reason, Refused, Unavailable
 from broker.identity.jwt_svid import authority_digest
 from broker.identity.spiffe_id import TrustDomain
-from broker.ledger.records import Redemption, Refusal
+from broker.ledger.records import Redemption, Refusal, ScopeRefused
 from broker.recheck import Recheck
 
 SHARED = "https://orders.acme.test"
@@ -31,13 +32,15 @@ async def found(tmp_path: Path) -> AsyncIterator[Exchanging]:
 
 
 def recheck(found: Exchanging) -> Recheck:
-    return Recheck(found.exchange, {SHARED: frozenset({ORDERS, AGENT})})
+    return ScopeAround(found.exchange, found.now).recheck({SHARED: frozenset({ORDERS, AGENT})})
 
 
-async def check(found: Exchanging, token: str, action: Action, asker: str = ORDERS) -> str:
+async def check(
+    found: Exchanging, token: str, action: Action, asker: str = ORDERS, *, by: Recheck | None = None
+) -> str:
     """The reason why not; empty for yes."""
     try:
-        await recheck(found).check(found.caller(asker), token, lambda: action, found.now(), CORRELATION)
+        await (by or recheck(found)).check(found.caller(asker), token, lambda: action, found.now(), CORRELATION)
     except BrokerError as error:
         return error.reason
     return ""
@@ -67,19 +70,22 @@ async def test_a_process_is_looked_at_before_and_after_spire_is_asked(found: Exc
         assert await check(found, kept, act()) == ""
 
 
-async def test_what_spire_says_now_counts(found: Exchanging) -> None:
-    token = (await found.token(act(), found.caller(pid=OWN_PID))).token
-    assert await check(found, token, act()) == ""
-    answers: list[tuple[list[str] | BrokerError, str]] = [
-        ([ORDERS], Reason.NOT_ATTESTED),
-        ([ORDERS, AGENT], ""),
-        (Refused(Reason.NOT_ATTESTED, "no entry"), Reason.NOT_ATTESTED),
-        (Unavailable(Reason.ATTESTATION_UNAVAILABLE, "away"), Reason.ATTESTATION_UNAVAILABLE),
-        ([AGENT], ""),
-    ]
-    for said, expected in answers:
+async def test_what_spire_says_now_counts_and_a_no_is_final(found: Exchanging) -> None:
+    """DESIGN section 2: refused is final; that nobody could be asked is not."""
+    around = recheck(found)
+    for said, expected, after in (
+        ([ORDERS], Reason.NOT_ATTESTED, Reason.NOT_ATTESTED),
+        ([ORDERS, AGENT], "", ""),
+        (Refused(Reason.NOT_ATTESTED, "no entry"), Reason.NOT_ATTESTED, Reason.NOT_ATTESTED),
+        (Unavailable(Reason.ATTESTATION_UNAVAILABLE, "away"), Reason.ATTESTATION_UNAVAILABLE, ""),
+    ):
+        found.ids = [AGENT]
+        token = (await found.token(act(), found.caller(pid=OWN_PID))).token
+        assert await check(found, token, act(), by=around) == ""
         found.ids = said
-        assert await check(found, token, act()) == expected
+        assert await check(found, token, act(), by=around) == expected
+        found.ids = [AGENT]
+        assert await check(found, token, act(), by=around) == after
 
 
 async def test_a_token_of_a_domain_that_is_no_longer_trusted_is_refused(found: Exchanging) -> None:
@@ -110,8 +116,9 @@ async def test_a_token_whose_callers_authority_left_the_bundle_is_refused(found:
     assert await check(found, token, act()) == Reason.UNAUTHENTICATED
     assert await redeem(found, single, charge) == Reason.UNAUTHENTICATED
     found.trust = replace(ours, revision=3)
-    assert await check(found, token, act()) == ""
-    assert await redeem(found, single, charge) == ""
+    assert await check(found, token, act()) == Reason.UNAUTHENTICATED, "what was refused does not come back"
+    assert await check(found, (await found.token(act(), caller)).token, act()) == ""
+    assert await redeem(found, (await found.token(charge, caller)).token, charge) == ""
 
 
 async def test_a_token_of_nobody_knows_whose_authority_is_refused(found: Exchanging) -> None:
@@ -132,23 +139,28 @@ async def test_without_an_identity_of_our_own_nothing_is_confirmed(found: Exchan
     assert await redeem(found, single, act("orders.charge")) == "", "it was not used up"
 
 
-async def test_a_redemption_that_is_refused_uses_nothing_up(found: Exchanging) -> None:
+async def test_a_redemption_that_is_not_decided_uses_nothing_up_and_one_that_is_refused_ends_the_token(
+    found: Exchanging,
+) -> None:
     charge = act("orders.charge")
     token = (await found.token(charge, found.caller(pid=OWN_PID))).token
+    ended = (await found.token(charge, found.caller(pid=OWN_PID))).token
     found.ids = Unavailable(Reason.ATTESTATION_UNAVAILABLE, "away")
     assert await redeem(found, token, charge) == Reason.ATTESTATION_UNAVAILABLE
     found.ids = [AGENT]
     found.write_policy(FORBID_ALL)
     await found.exchange.policies.reload()
-    assert await redeem(found, token, charge) == Reason.DENIED
+    assert await redeem(found, ended, charge) == Reason.DENIED
     found.write_policy(POLICY)
     await found.exchange.policies.reload()
     assert await redeem(found, token, charge, asker=AGENT) == Reason.WRONG_AUDIENCE
     assert await redeem(found, token, act("orders.charge", audience=SHARED)) == Reason.OUT_OF_SCOPE
     assert await redeem(found, token, charge) == ""
+    assert await redeem(found, ended, charge) == Reason.DENIED
     records = await found.records()
     assert len([one for one in records if isinstance(one, Redemption)]) == 1
-    assert [one.stage for one in records if isinstance(one, Refusal)] == ["redeem"] * 4
+    assert [one.stage for one in records if isinstance(one, Refusal)] == ["redeem"] * 5
+    assert [one.cause for one in records if isinstance(one, ScopeRefused)] == ["check"]
 
 
 async def test_a_lost_answer_is_given_again_whatever_has_changed_since(found: Exchanging) -> None:

@@ -28,8 +28,8 @@ from broker.ledger.reading import read
 from broker.ledger.records import Intent, Outcome, PolicyChanged, Record, Redemption
 from broker.ledger.store import Ledger
 from broker.provenance import decide_by_provenance
-from broker.redemption import Decided, Prepared, Presenter, Spending
 from broker.redemption import Redemption as Spender
+from broker.spending import Decided, Prepared, Presenter, Spending
 
 ACTION = Action(
     "release.sign",

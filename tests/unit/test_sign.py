@@ -29,7 +29,7 @@ from broker.decision.attest import Attestation
 from broker.decision.store import PolicyStore
 from broker.errors import BrokerError, Invalid, Reason, Refused, Unavailable
 from broker.ledger.records import Intent, Redemption, Refusal
-from broker.redemption import Spending
+from broker.presented import NOTHING
 from broker.sign import Signing
 from broker.signing import extensions
 from broker.signing.authority import Authority
@@ -37,6 +37,7 @@ from broker.signing.ca_make import ROOT_LIFETIME, make_issuing, make_root
 from broker.signing.file_key import FileSigner
 from broker.signing.named_key import NamedKey, Signs
 from broker.signing.profile import Issuing
+from broker.spending import Spending
 
 P384 = ec.generate_private_key(ec.SECP384R1())
 P256 = ec.generate_private_key(ec.SECP256R1())
@@ -57,7 +58,7 @@ async def found(tmp_path: Path) -> AsyncIterator[SigningExchange]:
 async def ask(found: SigningExchange, *envelopes: bytes, **asked: Any) -> str:
     """A grant on this provenance."""
     action = found.action(**asked)
-    issued = await found.signing.grant(found.caller, lambda: action, envelopes, "", found.parts.now(), CORRELATION)
+    issued = await found.signing.grant(found.caller, lambda: action, envelopes, NOTHING, found.parts.now(), CORRELATION)
     found.envelopes[issued.token] = envelopes[-1]
     return issued.token
 

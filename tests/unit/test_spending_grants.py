@@ -17,8 +17,8 @@ from broker.credentials import mint
 from broker.credentials.action_token import Confirmation
 from broker.errors import BrokerError, Invalid, Reason, Refused, Unavailable
 from broker.ledger.records import Intent, Outcome, Record, Redemption
-from broker.redemption import Decided, Prepared, Spending
 from broker.redemption import Redemption as Redeeming
+from broker.spending import Decided, Prepared, Spending
 
 
 async def answered() -> tuple[bytes, str]:

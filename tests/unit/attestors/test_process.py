@@ -8,8 +8,6 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from support.processes import on_both_loops, running, script, until
 
 from attestors import process as under_test
-from attestors.contract import AttestationFailed, AttestationRequest, AttestationUnavailable, FactKey, Process
+from attestors.contract import AttestationFailed, AttestationRequest, AttestationUnavailable, Process
 from attestors.process import ProcessAttestor
 from broker.identity.peer import read_process
 
@@ -251,84 +249,3 @@ async def test_executables_are_hashed_two_at_once_and_what_nobody_waits_for_any_
 
 def test_an_executable_of_ordinary_size_is_within_the_bound_and_a_huge_one_is_not() -> None:
     assert PYTHON.stat().st_size < under_test.MAX_EXE == 256 * 1024**2
-
-
-@asynccontextmanager
-async def watching(attestor: ProcessAttestor) -> AsyncIterator[list[FactKey]]:
-    """The keys told so far."""
-    told: list[FactKey] = []
-    changes = attestor.watch()
-
-    async def listen() -> None:
-        async for key in changes:
-            told.append(key)  # noqa: PERF401 - told one by one
-
-    listening = asyncio.create_task(listen())
-    await until(lambda: attestor._watch._told, "it listens")
-    try:
-        yield told
-    finally:
-        listening.cancel()
-        await asyncio.wait([listening])
-
-
-@on_both_loops
-async def test_a_watch_tells_of_an_exit_at_once_and_of_another_program_within_the_poll() -> None:
-    attestor = ProcessAttestor(read_process)
-    before = descriptors()
-    async with watching(attestor) as told:
-        with script(WAITS) as stays, script(EXECS) as execs:
-            with script(WAITS) as exits:
-                facts = {}
-                for child in (stays, execs, exits):
-                    assert await child.line() == "ready"
-                    found = await attestor.attest(request(read_process(child.pid)), now())
-                    assert found is not None
-                    facts[child] = found.key
-                exits.end()
-                start = asyncio.get_running_loop().time()
-                await until(lambda: told == [facts[exits]], "an exit is told")
-                assert asyncio.get_running_loop().time() - start < 0.5  # not by the poll
-            execs.tell()
-            await until(lambda: told == [facts[exits], facts[execs]], "another program is told")
-            stays.tell()
-            assert await stays.line() == "again"
-        await until(lambda: told[2:] == [facts[stays]], "the last one is told when it exits")
-    await until(lambda: descriptors() <= before + 4, "pidfds are given back")  # pipes of the loop's own threads
-
-
-async def test_a_process_attested_as_another_program_is_told_before_the_poll_sees_it() -> None:
-    attestor = ProcessAttestor(read_process)
-    async with watching(attestor) as told:
-        with script(EXECS) as child:
-            assert await child.line() == "ready"
-            first = await attestor.attest(request(read_process(child.pid)), now())
-            child.tell()
-            await until(lambda: runs(child.pid, "sleep"), "exec")
-            assert await attestor.attest(request(read_process(child.pid)), now())
-            await until(lambda: told == [first.key], "the change is told")
-
-
-async def test_a_watch_is_bounded_and_tells_of_what_it_lets_go() -> None:
-    attestor = ProcessAttestor(read_process, max_watched=1)
-    async with watching(attestor) as told:
-        with script(WAITS) as one, script(WAITS) as other:
-            keys = []
-            for child in (one, other):
-                assert await child.line() == "ready"
-                facts = await attestor.attest(request(read_process(child.pid)), now())
-                keys.append(facts.key)
-            await until(lambda: told == keys[:1], "the older one may have changed")
-            assert list(attestor._watch._followed) == keys[1:]
-    assert not attestor._watch._followed
-
-
-async def test_nothing_is_followed_while_nobody_listens() -> None:
-    attestor = ProcessAttestor(read_process)
-    await attestor.attest(request(read_process(os.getpid())), now())
-    assert not attestor._watch._followed
-    async with watching(attestor):
-        await attestor.attest(request(read_process(os.getpid())), now())
-        assert len(attestor._watch._followed) == 1
-        with pytest.raises(RuntimeError, match="one consumer"):
-            await anext(attestor.watch())

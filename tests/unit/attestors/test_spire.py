@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from support.virtual_time import in_virtual_time
 
 import attestors.spire
 from attestors.contract import (
@@ -180,3 +181,101 @@ async def test_what_is_watched_is_bounded_and_what_falls_out_is_told(agent, atte
     forever = asyncio.get_running_loop().time() + attestors.spire.WATCH_S + 1
     assert await attestor._changed(forever) == []
     assert not attestor._watched, "no credential can still rest on it"
+
+
+async def test_a_process_about_which_spire_does_not_answer_in_time_blinds_nobody_else(agent, attestor):
+    """What SPIRE says of a process takes as long as the process makes it take: it reads the whole executable."""
+    for pid in range(1, 21):
+        agent.answers[pid] = [Entitlement(BUILD)]
+        await attestor.look(process(pid), NOW)
+    agent.answers[7] = AttestationUnavailable("deadline exceeded")
+    assert await attestor._changed(1.0) == ["spire:7:99120"], "whoever decides again looks for itself"
+    assert attestor.blind() == {}
+    agent.asked.clear()
+    assert await attestor._changed(2.0) == []
+    assert 7 not in agent.asked, "it holds up one round"
+    assert len(agent.asked) == 19
+
+
+async def test_many_such_processes_at_once_hold_up_a_round_and_blind_nobody_else(agent, attestor):
+    hostile, good = range(1, 13), range(101, 121)
+    for pid in (*hostile, *good):
+        agent.answers[pid] = [Entitlement(BUILD)]
+        await attestor.look(process(pid), NOW)
+    for pid in hostile:
+        agent.answers[pid] = AttestationUnavailable("deadline exceeded")
+    told = await attestor._changed(1.0)
+    assert told == [], "the first that are asked about are silent, all of them: the agent may be away"
+    assert attestor.blind() == {"spire:": 1.0}
+    agent.asked.clear()
+    agent.answers[good[0]] = AttestationFailed("no entry")
+    told = await attestor._changed(3.0)
+    assert agent.asked[:4] == [*hostile[8:]], "who was not asked about in the last round is first"
+    assert set(agent.asked) >= set(good)
+    assert "spire:101:99120" in told
+    assert attestor.blind() == {}
+    told += await attestor._changed(5.0)
+    assert sorted(told) == sorted([f"spire:{pid}:99120" for pid in (*hostile, 101)])
+    assert len(attestor._watched) == 19
+
+
+async def test_an_agent_that_goes_away_in_the_middle_of_a_round_is_blind_since_its_beginning(agent, attestor):
+    for pid in range(1, 41):
+        agent.answers[pid] = [Entitlement(BUILD)]
+        await attestor.look(process(pid), NOW)
+    answered = dict(agent.answers)
+
+    class Going(Agent):
+        async def fetch(self, pid):
+            if len(self.asked) == 12:
+                self.answers = dict.fromkeys(self.answers, AttestationUnavailable("away"))
+            return await super().fetch(pid)
+
+    attestor._entitlements = Going(answered)
+    assert await attestor._changed(1.0) == []
+    assert await attestor._changed(2.0) == []
+    assert attestor.blind() == {"spire:": 1.0}
+    attestor._entitlements = agent
+    assert await attestor._changed(3.0) == []
+    assert attestor.blind() == {}
+    assert len(attestor._watched) == 40, "nothing was let go"
+
+
+class BusyAgent(Agent):
+    """Answers a thousand questions a second, eight of them at one time."""
+
+    async def fetch(self, pid):
+        await asyncio.sleep(0.008)
+        return await super().fetch(pid)
+
+
+@pytest.mark.parametrize("processes", [1, 100, 300, 1000, 2500])
+@in_virtual_time
+async def test_a_change_at_spire_is_told_within_a_bound_that_grows_with_the_processes(processes: int) -> None:
+    """One second, or as long as asking about all of them takes, and as long as that takes again: up to 300, 1.3 s."""
+    agent = BusyAgent({pid: [Entitlement(BUILD)] for pid in range(1, processes + 1)})
+    attestor, loop = SpireAttestor(agent), asyncio.get_running_loop()
+    for pid in agent.answers:
+        await attestor.look(process(pid), NOW)
+    asking = processes / 1000
+    bound = max(attestors.spire.POLL_S, asking) + asking
+    changed: dict[str, float] = {}
+    late: list[float] = []
+
+    async def change() -> None:
+        """One after the other, at moments that fall on all parts of a round."""
+        for turn in range(40):
+            await asyncio.sleep(0.37)
+            pid = 1 + turn * 7919 % processes
+            agent.answers[pid] = [Entitlement(f"{BUILD}/{turn}")]
+            changed.setdefault(f"spire:{pid}:99120", loop.time())
+
+    changing = asyncio.create_task(change())
+    async for key in attestor.watch():
+        late.append(loop.time() - changed.pop(key))
+        if changing.done() and not changed:
+            break
+    assert len(late) >= min(5, processes)
+    assert max(late) <= bound + 0.02
+    if processes <= 300:
+        assert max(late) <= 1.3 + 0.02

@@ -62,8 +62,9 @@ def test_every_command_has_help_and_takes_json(name: str) -> None:
 def test_the_commands_are_those_that_the_documents_name() -> None:
     assert set(LEAVES) == {
         *("serve", "dev", "dev exec", "dev entry create", "dev entry delete", "demo", "request", "check", "explain"),
-        *("policy init", "policy validate", "policy test", "policy show", "doctor"),
-        *("ledger verify", "ledger show", "ledger tail", "ledger export"),
+        *("policy init", "policy validate", "policy test", "policy show", "doctor", "guard"),
+        *("ledger verify", "ledger show", "ledger tail", "ledger export", "session score"),
         *("sign", "grant request", "grant sign", "grant csr", "grant certify", "verify"),
+        *("revoke", "standing", "break-glass"),
         *("pending", "show", "approve", "withdraw", "ca init", "ca rotate", "ca show", "ca trusted-root"),
     }

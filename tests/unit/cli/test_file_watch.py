@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 from support.processes import until
+from support.virtual_time import in_virtual_time
 
 from broker.cli.file_watch import FileWatch
 from broker.errors import Reason, Unavailable
@@ -106,3 +107,18 @@ async def test_a_token_that_comes_back_is_used_although_no_file_changed(taken: T
         taken.away = False
         await until(lambda: taken.text == "two", "it is taken")
         assert watch.last_error is None
+
+
+@in_virtual_time
+async def test_a_changed_file_is_taken_within_a_second_and_looked_at_again_a_second_later(tmp_path: Path) -> None:
+    """Two writes within a tick of the file system's clock may look like one: hence the second look."""
+    file, loop, taken = tmp_path / "file", asyncio.get_running_loop(), []
+    file.write_text("one")
+    watch = FileWatch("it", lambda: (file,), lambda: taken.append((round(loop.time(), 3), file.read_text())))
+    task = asyncio.create_task(watch.watch())
+    await asyncio.sleep(3.2)
+    assert taken == []
+    file.write_text("two, and longer")
+    await asyncio.sleep(5)
+    assert taken == [(4.0, "two, and longer"), (5.0, "two, and longer")]
+    task.cancel()

@@ -205,3 +205,30 @@ def test_an_answer_that_is_not_what_was_asked_for_is_not_taken(message, why):
     assert holder.take(answer({"x5t#S256": x5t(SVID)}), ACTION, "c")
     with pytest.raises(Unavailable, match=re.escape(why)):
         holder.take(message, ACTION, "c")
+
+
+def test_a_call_of_a_tool_over_stdio_carries_its_token_and_a_proof_for_that_tool() -> None:
+    """Key names as MCP has them: a prefix of labels that it does not reserve for itself, a slash, a name."""
+    meta = token().mcp_meta("query", now=NOW)
+    for key in meta:
+        prefix, _, name = key.partition("/")
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?)*", prefix)
+        assert prefix.split(".")[1:2] not in (["mcp"], ["modelcontextprotocol"])
+        assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name)
+    assert meta["action-broker/authorization"] == f"DPoP {ACCESS_TOKEN}"
+    proof, url = meta["action-broker/dpop"], "spiffe://acme.test/service/orders/query"
+    assert verify_proof(proof, method="POST", url=url, now=NOW, token=ACCESS_TOKEN).jkt == KEY.jkt
+    with pytest.raises(Refused):
+        verify_proof(proof, method="POST", url=f"{url}-all", now=NOW, token=ACCESS_TOKEN)
+
+
+@pytest.mark.parametrize("tool", ["", "a/b", "../query", "query\n", "q" * 129, "Qu\u00e9ry"])
+def test_no_tool_has_such_a_name(tool: str) -> None:
+    with pytest.raises(Invalid):
+        token().mcp_meta(tool)
+    assert token().mcp_meta("q" * 128)
+
+
+def test_a_token_bound_to_a_certificate_is_of_no_use_over_stdio() -> None:
+    with pytest.raises(Invalid):
+        token(token_type="Bearer", key=None, svid=SVID).mcp_meta("query")

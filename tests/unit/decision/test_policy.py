@@ -41,7 +41,7 @@ def test_attestors_are_what_a_policy_names_and_what_the_schema_requires(world):
     assert world.policy(named).slice("orders.refund").attestors == {"spire", "process"}
     assert world.policy(world.allow).slice("orders.refund").attestors == {"spire"}
     assert world.policy(world.allow).slice("orders.read").attestors == frozenset()
-    assert world.policy(named).attestors == {"spire", "process"}
+    assert world.policy(named).attestors == {"spire", "process", "approval"}, "an emergency takes approvals, always"
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_nobody_looks_for_what_identification_alone_can_tell(world):
         'permit (principal, action == Action::"broker.approve", resource) when { context has person };', world.allow
     )
     assert policy.slice("broker.approve").attestors == {"person"}
-    assert policy.attestors == {"spire"}
+    assert policy.attestors == {"spire", "approval"}
 
 
 def test_the_base_schema_alone_knows_what_operators_do():
     policy = compile_policy({}, {})
-    assert sorted(policy.slices) == ["broker.approve", "broker.operate"]
+    assert sorted(policy.slices) == ["broker.approve", "broker.breakglass", "broker.operate", "broker.score"]
 
 
 def test_the_revision_names_the_texts(world):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from structlog.testing import capture_logs
+from support.virtual_time import in_virtual_time
 
 from broker.decision.findings import Defect, PolicyError
 from broker.decision.store import PolicyStore
@@ -193,3 +194,26 @@ async def test_watch_that_is_cancelled_ends(folder):
     async with watching(PolicyStore(folder)) as task:
         await asyncio.sleep(0)
     assert task.cancelled()
+
+
+class Rereading(PolicyStore):
+    """A store that tells when it read its folder again."""
+
+    async def reload(self):
+        self.__dict__.setdefault("read_at", []).append(round(asyncio.get_running_loop().time(), 3))
+        return await super().reload()
+
+
+@in_virtual_time
+async def test_a_changed_folder_counts_within_a_second_and_is_read_again_a_second_later(folder):
+    """Two writes within a tick of the file system's clock may look like one: hence the second look."""
+    store = Rereading(folder)
+    task = asyncio.create_task(store.watch())
+    await asyncio.sleep(3.2)
+    assert store.read_at == [1.0], "what was written just before it started"
+    (folder / "p.cedar").write_text("")
+    await asyncio.sleep(0.9)
+    assert count(store) == 0
+    await asyncio.sleep(5)
+    assert store.read_at == [1.0, 4.0, 5.0]
+    task.cancel()

@@ -314,3 +314,23 @@ def test_neither_token_nor_proof_shows_in_what_is_printed(issuer: Issuer) -> Non
     assert token not in text
     assert proof not in text
     assert URL in text
+
+
+async def test_a_request_that_takes_long_to_come_is_looked_at_again_when_it_has(issuer: Issuer) -> None:
+    """Its header was verified, then its body dripped in; what ended meanwhile opens nothing, and is not used up."""
+    for patience, dead in ((timedelta(seconds=59), False), (timedelta(seconds=66), True)):
+        clock = [NOW]
+        guard = await guard_for(issuer, clock=lambda clock=clock: clock[0])
+
+        async def body(clock: list[Any] = clock, patience: timedelta = patience) -> Action:
+            clock[0] += patience
+            return REFUND
+
+        if not dead:
+            assert await guard.admit(by_certificate(issuer.token()), body)
+            continue
+        with pytest.raises(Refused) as caught:
+            await guard.admit(by_certificate(issuer.token()), body)
+        assert caught.value.reason is Reason.EXPIRED
+        clock[0] = NOW
+        assert await guard.admit(by_certificate(issuer.token()), REFUND), "it was not used up"

@@ -10,8 +10,9 @@ import pytest
 from support.oidc import CLIENT_ID, OidcServer, Signer, oidc_server, unsigned
 
 from broker.errors import BrokerError, Reason, Refused
-from broker.identity.id_token import MAX_GROUPS, MAX_TOKEN, IdTokens
+from broker.identity.id_token import MAX_GROUPS, IdTokens
 from broker.identity.oidc_issuer import IssuerSettings, OidcIssuer
+from broker.identity.others_jws import MAX_TOKEN
 from broker.identity.person import PersonId
 
 NONCE = "ab" * 32

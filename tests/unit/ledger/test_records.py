@@ -10,6 +10,7 @@ from support.ledger_records import ACTION, NOW, approved, asked, intent, outcome
 from broker.errors import Reason
 from broker.ledger import records
 from broker.ledger.records import Record
+from broker.ledger.scope_records import SecurityEvent, SessionBound, SessionScored
 
 PINNED: list[tuple[Record, bytes]] = [
     (
@@ -25,7 +26,8 @@ PINNED: list[tuple[Record, bytes]] = [
             b'"policy_revision":"sha256:5df6e0e2761359d3","facts":{"spire":"sha256:' + b"11" * 32 + b'",'
             b'"process":"sha256:' + b"22" * 32 + b'"},"process":{"pid":4711,"start_time":99120,"uid":1600,"gid":1600,'
             b'"exe_device":2049,"exe_inode":131074},"method":"unix","key_id":"NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs",'
-            b'"authority_sha256":"","approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]}'
+            b'"authority_sha256":"","approval":"","approvers":[],"request_id":"","parent":"","artifacts":[],'
+            b'"ticket":"","session":""}'
         ),
     ),
     (
@@ -113,6 +115,79 @@ PINNED: list[tuple[Record, bytes]] = [
         ),
     ),
     (
+        SessionScored(at=NOW, session="s", principal="p", level="LOW", by="b", key="k", said_at=NOW, detail="why"),
+        (
+            b'{"kind":"session_scored","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"why","session":"s",'
+            b'"principal":"p","level":"LOW","by":"b","event":"","policies":[],"key":"k",'
+            b'"said_at":"2026-11-22T23:07:00Z"}'
+        ),
+    ),
+    (
+        SessionBound(at=NOW, session="s", principal="p", key="k"),
+        (
+            b'{"kind":"session_bound","at":"2026-11-22T23:07:00Z","correlation_id":"","session":"s","principal":"p",'
+            b'"key":"k"}'
+        ),
+    ),
+    (
+        SecurityEvent(at=NOW, issuer="i", event="00", type="t", effect="scored", token_sha256="01"),
+        (
+            b'{"kind":"security_event","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"","issuer":"i",'
+            b'"event":"00","type":"t","effect":"scored","token_sha256":"01"}'
+        ),
+    ),
+    (
+        records.ScopeRefused(at=NOW, jtis=("j",), reason=Reason.REVOKED, cause="operator", by="b", detail="why"),
+        (
+            b'{"kind":"scope_refused","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"why","jtis":["j"],'
+            b'"reason":"revoked","cause":"operator","by":"b"}'
+        ),
+    ),
+    (
+        records.Suspended(at=NOW, suspension=1, cause="c", count=3),
+        b'{"kind":"suspended","at":"2026-11-22T23:07:00Z","correlation_id":"","suspension":1,"cause":"c","count":3}',
+    ),
+    (
+        records.SuspensionEnded(at=NOW, suspension=1, refused=2),
+        (b'{"kind":"suspension_ended","at":"2026-11-22T23:07:00Z","correlation_id":"","suspension":1,"refused":2}'),
+    ),
+    (
+        records.StandingDenial(at=NOW, id="i", principal="p", until=NOW, by="b", policies=("q",), policy_revision="v"),
+        (
+            b'{"kind":"standing_denial","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"","id":"i",'
+            b'"principal":"p","action":"","trust_domain":"","until":"2026-11-22T23:07:00Z","by":"b","policies":["q"],'
+            b'"policy_revision":"v","before":0}'
+        ),
+    ),
+    (
+        records.StandingLifted(at=NOW, id="i", by="b", before=7),
+        (
+            b'{"kind":"standing_lifted","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"","id":"i","by":"b",'
+            b'"policies":[],"policy_revision":"","before":7}'
+        ),
+    ),
+    (
+        records.BreakGlass(
+            at=NOW,
+            id="i",
+            principal="p",
+            action="a",
+            resource="r",
+            until=NOW,
+            by="b",
+            approval="00",
+            approvers=("x", "y"),
+            policies=("q",),
+            policy_revision="v",
+            detail="why",
+        ),
+        (
+            b'{"kind":"break_glass","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"why","id":"i",'
+            b'"principal":"p","action":"a","resource":"r","until":"2026-11-22T23:07:00Z","by":"b","approval":"00",'
+            b'"approvers":["x","y"],"policies":["q"],"policy_revision":"v","epoch":0,"before":0}'
+        ),
+    ),
+    (
         records.EpochStarted(at=NOW, epoch=2, detail="why", checkpoint="note"),
         (
             b'{"kind":"epoch_started","at":"2026-11-22T23:07:00Z","correlation_id":"","detail":"why","epoch":2,'
@@ -121,11 +196,11 @@ PINNED: list[tuple[Record, bytes]] = [
     ),
     (
         records.Checkpointed(at=NOW, size=9),
-        b'{"kind":"checkpointed","at":"2026-11-22T23:07:00Z","correlation_id":"","size":9}',
+        b'{"kind":"checkpointed","at":"2026-11-22T23:07:00Z","correlation_id":"","size":9,"standing":0}',
     ),
     (
         records.Started(at=NOW, ledger="00", epoch=1),
-        b'{"kind":"started","at":"2026-11-22T23:07:00Z","correlation_id":"","ledger":"00","epoch":1}',
+        b'{"kind":"started","at":"2026-11-22T23:07:00Z","correlation_id":"","ledger":"00","epoch":1,"standing":0}',
     ),
     (records.Stopped(at=NOW), b'{"kind":"stopped","at":"2026-11-22T23:07:00Z","correlation_id":""}'),
 ]
@@ -137,17 +212,36 @@ def test_record_bytes_are_pinned_and_read_back_as_the_same_record(record: Record
     assert records.decode(expected) == record
 
 
+# What an intent of an earlier release lacks, the latest last.
+_FIRST = b',"authority_sha256":""'
+_SECOND = b',"approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]'
+_THIRD = b',"ticket":"","session":""'
+
+
 @pytest.mark.parametrize(
     ("later", "record"),
     [
-        (b',"authority_sha256":"","approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]', PINNED[0]),
-        (b',"approval":"","approvers":[],"request_id":"","parent":"","artifacts":[]', PINNED[0]),
+        (_FIRST + _SECOND + _THIRD, PINNED[0]),
+        (_SECOND + _THIRD, PINNED[0]),
+        (_THIRD, PINNED[0]),
         (b',"answer_sha256":""', PINNED[1]),
         (b',"content_sha256":"01","result":"used"', PINNED[4]),
         (b',"result":"used"', PINNED[4]),
         (b',"expires_at":"2026-11-22T23:07:00Z"', PINNED[8]),
+        (b',"standing":0', PINNED[-3]),
+        (b',"standing":0', PINNED[-2]),
     ],
-    ids=["intent", "intent-2", "outcome", "redemption", "redemption-2", "key_bound"],
+    ids=[
+        "intent",
+        "intent-2",
+        "intent-3",
+        "outcome",
+        "redemption",
+        "redemption-2",
+        "key_bound",
+        "checkpointed",
+        "started",
+    ],
 )
 def test_a_record_from_before_a_field_was_added_is_still_read(later: bytes, record: tuple[Record, bytes]) -> None:
     before = record[1].removesuffix(later + b"}") + b"}"

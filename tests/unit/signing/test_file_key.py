@@ -171,3 +171,12 @@ async def test_a_signature_of_another_key_does_not_leave_a_signer(algorithm):
         assert refused.value.reason is Reason.SIGNER_UNAVAILABLE
     with pytest.raises(Unavailable):
         require_valid(algorithm, ours.public_key, good, signed[:-1] + b"\0")
+
+
+async def test_a_key_is_read_once_and_what_its_file_holds_later_signs_nothing(tmp_path):
+    file = write(tmp_path / "key.pem", pem(KEYS[Algorithm.ECDSA_P256]))
+    signer = FileSigner.load(file, "release")
+    write(file, pem(ec.generate_private_key(ec.SECP256R1())))
+    verify(KEYS[Algorithm.ECDSA_P256].public_key(), await signer.sign_message(MESSAGE), MESSAGE)
+    file.unlink()
+    verify(KEYS[Algorithm.ECDSA_P256].public_key(), await signer.sign_message(MESSAGE), MESSAGE)

@@ -27,43 +27,43 @@ from broker._proto.actionbroker.v1 import signing_pb2 as actionbroker_dot_v1_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x63tionbroker/v1/broker.proto\x12\x0f\x61\x63tionbroker.v1\x1a\x1c\x61\x63tionbroker/v1/action.proto\x1a\x1d\x61\x63tionbroker/v1/signing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x19RequestActionTokenRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"t\n\x0b\x41\x63tionToken\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03use\x18\x04 \x01(\t\"a\n\x1aRequestActionTokenResponse\x12+\n\x05token\x18\x01 \x01(\x0b\x32\x1c.actionbroker.v1.ActionToken\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"Y\n\x1aRequestActionTokensRequest\x12(\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\"\x91\x01\n\x11\x41\x63tionTokenResult\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1c.actionbroker.v1.ActionTokenH\x00\x12+\n\x07refusal\x18\x02 \x01(\x0b\x32\x18.actionbroker.v1.RefusalH\x00\x12\x16\n\x0e\x63orrelation_id\x18\x03 \x01(\tB\x08\n\x06result\"R\n\x1bRequestActionTokensResponse\x12\x33\n\x07results\x18\x01 \x03(\x0b\x32\".actionbroker.v1.ActionTokenResult\"y\n\x19StreamActionTokensRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x0c\n\x04\x64pop\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\x04\"x\n\x1aStreamActionTokensResponse\x12\x32\n\x06result\x18\x01 \x01(\x0b\x32\".actionbroker.v1.ActionTokenResult\x12\x12\n\ndpop_nonce\x18\x02 \x01(\t\x12\x12\n\nmessage_id\x18\x03 \x01(\x04\"Y\n\x0c\x43heckRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x03 \x01(\t\"H\n\rCheckResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x03 \x01(\t\"r\n\rRedeemRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x16\n\x0eidempotency_id\x18\x03 \x01(\t\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\"Y\n\x0eRedeemResponse\x12/\n\x0bredeemed_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"{\n\x0e\x45xplainRequest\x12\x11\n\tprincipal\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\r\n\x05\x66\x61\x63ts\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"\xb5\x01\n\x0f\x45xplainResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x03 \x01(\t\x12\x34\n\x08policies\x18\x04 \x03(\x0b\x32\".actionbroker.v1.PolicyExplanation\x12\x11\n\tattestors\x18\x05 \x03(\t\x12\x0f\n\x07missing\x18\x06 \x03(\t\x12\x0e\n\x06\x65rrors\x18\x07 \x03(\t\"R\n\x11PolicyExplanation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\t\x12\x11\n\tsatisfied\x18\x03 \x01(\x08\x12\x0e\n\x06\x66\x61iled\x18\x04 \x03(\t2\xf8\x06\n\x0c\x41\x63tionBroker\x12m\n\x12RequestActionToken\x12*.actionbroker.v1.RequestActionTokenRequest\x1a+.actionbroker.v1.RequestActionTokenResponse\x12p\n\x13RequestActionTokens\x12+.actionbroker.v1.RequestActionTokensRequest\x1a,.actionbroker.v1.RequestActionTokensResponse\x12q\n\x12StreamActionTokens\x12*.actionbroker.v1.StreamActionTokensRequest\x1a+.actionbroker.v1.StreamActionTokensResponse(\x01\x30\x01\x12\x46\n\x05\x43heck\x12\x1d.actionbroker.v1.CheckRequest\x1a\x1e.actionbroker.v1.CheckResponse\x12I\n\x06Redeem\x12\x1e.actionbroker.v1.RedeemRequest\x1a\x1f.actionbroker.v1.RedeemResponse\x12p\n\x13RequestSigningGrant\x12+.actionbroker.v1.RequestSigningGrantRequest\x1a,.actionbroker.v1.RequestSigningGrantResponse\x12\x43\n\x04Sign\x12\x1c.actionbroker.v1.SignRequest\x1a\x1d.actionbroker.v1.SignResponse\x12|\n\x17IssueSigningCertificate\x12/.actionbroker.v1.IssueSigningCertificateRequest\x1a\x30.actionbroker.v1.IssueSigningCertificateResponse\x12L\n\x07\x45xplain\x12\x1f.actionbroker.v1.ExplainRequest\x1a .actionbroker.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61\x63tionbroker/v1/broker.proto\x12\x0f\x61\x63tionbroker.v1\x1a\x1c\x61\x63tionbroker/v1/action.proto\x1a\x1d\x61\x63tionbroker/v1/signing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\x19RequestActionTokenRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\t\x12\x0f\n\x07session\x18\x05 \x01(\t\"t\n\x0b\x41\x63tionToken\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ntoken_type\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03use\x18\x04 \x01(\t\"a\n\x1aRequestActionTokenResponse\x12+\n\x05token\x18\x01 \x01(\x0b\x32\x1c.actionbroker.v1.ActionToken\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"z\n\x1aRequestActionTokensRequest\x12(\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x0f\n\x07session\x18\x04 \x01(\t\"\x91\x01\n\x11\x41\x63tionTokenResult\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1c.actionbroker.v1.ActionTokenH\x00\x12+\n\x07refusal\x18\x02 \x01(\x0b\x32\x18.actionbroker.v1.RefusalH\x00\x12\x16\n\x0e\x63orrelation_id\x18\x03 \x01(\tB\x08\n\x06result\"R\n\x1bRequestActionTokensResponse\x12\x33\n\x07results\x18\x01 \x03(\x0b\x32\".actionbroker.v1.ActionTokenResult\"\x9a\x01\n\x19StreamActionTokensRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x0c\n\x04\x64pop\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\x04\x12\x0e\n\x06ticket\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\t\"x\n\x1aStreamActionTokensResponse\x12\x32\n\x06result\x18\x01 \x01(\x0b\x32\".actionbroker.v1.ActionTokenResult\x12\x12\n\ndpop_nonce\x18\x02 \x01(\t\x12\x12\n\nmessage_id\x18\x03 \x01(\x04\"Y\n\x0c\x43heckRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x11\n\tspiffe_id\x18\x03 \x01(\t\"H\n\rCheckResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x03 \x01(\t\"r\n\rRedeemRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x16\n\x0eidempotency_id\x18\x03 \x01(\t\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\"Y\n\x0eRedeemResponse\x12/\n\x0bredeemed_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"{\n\x0e\x45xplainRequest\x12\x11\n\tprincipal\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\r\n\x05\x66\x61\x63ts\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x05\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"\xb5\x01\n\x0f\x45xplainResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x17\n\x0fpolicy_revision\x18\x03 \x01(\t\x12\x34\n\x08policies\x18\x04 \x03(\x0b\x32\".actionbroker.v1.PolicyExplanation\x12\x11\n\tattestors\x18\x05 \x03(\t\x12\x0f\n\x07missing\x18\x06 \x03(\t\x12\x0e\n\x06\x65rrors\x18\x07 \x03(\t\"R\n\x11PolicyExplanation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\t\x12\x11\n\tsatisfied\x18\x03 \x01(\x08\x12\x0e\n\x06\x66\x61iled\x18\x04 \x03(\t2\xf8\x06\n\x0c\x41\x63tionBroker\x12m\n\x12RequestActionToken\x12*.actionbroker.v1.RequestActionTokenRequest\x1a+.actionbroker.v1.RequestActionTokenResponse\x12p\n\x13RequestActionTokens\x12+.actionbroker.v1.RequestActionTokensRequest\x1a,.actionbroker.v1.RequestActionTokensResponse\x12q\n\x12StreamActionTokens\x12*.actionbroker.v1.StreamActionTokensRequest\x1a+.actionbroker.v1.StreamActionTokensResponse(\x01\x30\x01\x12\x46\n\x05\x43heck\x12\x1d.actionbroker.v1.CheckRequest\x1a\x1e.actionbroker.v1.CheckResponse\x12I\n\x06Redeem\x12\x1e.actionbroker.v1.RedeemRequest\x1a\x1f.actionbroker.v1.RedeemResponse\x12p\n\x13RequestSigningGrant\x12+.actionbroker.v1.RequestSigningGrantRequest\x1a,.actionbroker.v1.RequestSigningGrantResponse\x12\x43\n\x04Sign\x12\x1c.actionbroker.v1.SignRequest\x1a\x1d.actionbroker.v1.SignResponse\x12|\n\x17IssueSigningCertificate\x12/.actionbroker.v1.IssueSigningCertificateRequest\x1a\x30.actionbroker.v1.IssueSigningCertificateResponse\x12L\n\x07\x45xplain\x12\x1f.actionbroker.v1.ExplainRequest\x1a .actionbroker.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'actionbroker.v1.broker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTACTIONTOKENREQUEST']._serialized_start=143
-  _globals['_REQUESTACTIONTOKENREQUEST']._serialized_end=250
-  _globals['_ACTIONTOKEN']._serialized_start=252
-  _globals['_ACTIONTOKEN']._serialized_end=368
-  _globals['_REQUESTACTIONTOKENRESPONSE']._serialized_start=370
-  _globals['_REQUESTACTIONTOKENRESPONSE']._serialized_end=467
-  _globals['_REQUESTACTIONTOKENSREQUEST']._serialized_start=469
-  _globals['_REQUESTACTIONTOKENSREQUEST']._serialized_end=558
-  _globals['_ACTIONTOKENRESULT']._serialized_start=561
-  _globals['_ACTIONTOKENRESULT']._serialized_end=706
-  _globals['_REQUESTACTIONTOKENSRESPONSE']._serialized_start=708
-  _globals['_REQUESTACTIONTOKENSRESPONSE']._serialized_end=790
-  _globals['_STREAMACTIONTOKENSREQUEST']._serialized_start=792
-  _globals['_STREAMACTIONTOKENSREQUEST']._serialized_end=913
-  _globals['_STREAMACTIONTOKENSRESPONSE']._serialized_start=915
-  _globals['_STREAMACTIONTOKENSRESPONSE']._serialized_end=1035
-  _globals['_CHECKREQUEST']._serialized_start=1037
-  _globals['_CHECKREQUEST']._serialized_end=1126
-  _globals['_CHECKRESPONSE']._serialized_start=1128
-  _globals['_CHECKRESPONSE']._serialized_end=1200
-  _globals['_REDEEMREQUEST']._serialized_start=1202
-  _globals['_REDEEMREQUEST']._serialized_end=1316
-  _globals['_REDEEMRESPONSE']._serialized_start=1318
-  _globals['_REDEEMRESPONSE']._serialized_end=1407
-  _globals['_EXPLAINREQUEST']._serialized_start=1409
-  _globals['_EXPLAINREQUEST']._serialized_end=1532
-  _globals['_EXPLAINRESPONSE']._serialized_start=1535
-  _globals['_EXPLAINRESPONSE']._serialized_end=1716
-  _globals['_POLICYEXPLANATION']._serialized_start=1718
-  _globals['_POLICYEXPLANATION']._serialized_end=1800
-  _globals['_ACTIONBROKER']._serialized_start=1803
-  _globals['_ACTIONBROKER']._serialized_end=2691
+  _globals['_REQUESTACTIONTOKENREQUEST']._serialized_start=144
+  _globals['_REQUESTACTIONTOKENREQUEST']._serialized_end=284
+  _globals['_ACTIONTOKEN']._serialized_start=286
+  _globals['_ACTIONTOKEN']._serialized_end=402
+  _globals['_REQUESTACTIONTOKENRESPONSE']._serialized_start=404
+  _globals['_REQUESTACTIONTOKENRESPONSE']._serialized_end=501
+  _globals['_REQUESTACTIONTOKENSREQUEST']._serialized_start=503
+  _globals['_REQUESTACTIONTOKENSREQUEST']._serialized_end=625
+  _globals['_ACTIONTOKENRESULT']._serialized_start=628
+  _globals['_ACTIONTOKENRESULT']._serialized_end=773
+  _globals['_REQUESTACTIONTOKENSRESPONSE']._serialized_start=775
+  _globals['_REQUESTACTIONTOKENSRESPONSE']._serialized_end=857
+  _globals['_STREAMACTIONTOKENSREQUEST']._serialized_start=860
+  _globals['_STREAMACTIONTOKENSREQUEST']._serialized_end=1014
+  _globals['_STREAMACTIONTOKENSRESPONSE']._serialized_start=1016
+  _globals['_STREAMACTIONTOKENSRESPONSE']._serialized_end=1136
+  _globals['_CHECKREQUEST']._serialized_start=1138
+  _globals['_CHECKREQUEST']._serialized_end=1227
+  _globals['_CHECKRESPONSE']._serialized_start=1229
+  _globals['_CHECKRESPONSE']._serialized_end=1301
+  _globals['_REDEEMREQUEST']._serialized_start=1303
+  _globals['_REDEEMREQUEST']._serialized_end=1417
+  _globals['_REDEEMRESPONSE']._serialized_start=1419
+  _globals['_REDEEMRESPONSE']._serialized_end=1508
+  _globals['_EXPLAINREQUEST']._serialized_start=1510
+  _globals['_EXPLAINREQUEST']._serialized_end=1633
+  _globals['_EXPLAINRESPONSE']._serialized_start=1636
+  _globals['_EXPLAINRESPONSE']._serialized_end=1817
+  _globals['_POLICYEXPLANATION']._serialized_start=1819
+  _globals['_POLICYEXPLANATION']._serialized_end=1901
+  _globals['_ACTIONBROKER']._serialized_start=1904
+  _globals['_ACTIONBROKER']._serialized_end=2792
 # @@protoc_insertion_point(module_scope)

@@ -32,12 +32,18 @@ class RequestActionTokenRequest(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     SPIFFE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     spiffe_id: _builtins.str
     """Which identity to act as, where SPIRE gives the process more than one."""
     request_id: _builtins.str
     """16 to 64 characters of A-Z a-z 0-9 - _ chosen at random by the caller, where policy asks for approvals: they are
     given to this id, this caller and this action together, and are good for one token.
     """
+    ticket: _builtins.str
+    """"<system>:<id>" of the ticket that the caller acts for, where policy asks for one."""
+    session: _builtins.str
+    """The session that the caller acts in, where policy asks for one. It belongs to the first key that names it."""
     @_builtins.property
     def action(self) -> _action_pb2.Action: ...
     def __init__(
@@ -46,10 +52,12 @@ class RequestActionTokenRequest(_message.Message):
         action: _action_pb2.Action | None = ...,
         spiffe_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        ticket: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "request_id", b"request_id", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "request_id", b"request_id", "session", b"session", "spiffe_id", b"spiffe_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,7 +124,12 @@ class RequestActionTokensRequest(_message.Message):
 
     ACTIONS_FIELD_NUMBER: _builtins.int
     SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     spiffe_id: _builtins.str
+    ticket: _builtins.str
+    """As in RequestActionTokenRequest, for all of them."""
+    session: _builtins.str
     @_builtins.property
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[_action_pb2.Action]: ...
     def __init__(
@@ -124,10 +137,12 @@ class RequestActionTokensRequest(_message.Message):
         *,
         actions: _abc.Iterable[_action_pb2.Action] | None = ...,
         spiffe_id: _builtins.str = ...,
+        ticket: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "session", b"session", "spiffe_id", b"spiffe_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,11 +207,16 @@ class StreamActionTokensRequest(_message.Message):
     SPIFFE_ID_FIELD_NUMBER: _builtins.int
     DPOP_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     spiffe_id: _builtins.str
     dpop: _builtins.str
     """A DPoP proof of its own for each message; empty over mutual TLS."""
     message_id: _builtins.int
     """Chosen by the caller, echoed in the answer: answers may overtake one another."""
+    ticket: _builtins.str
+    """As in RequestActionTokenRequest."""
+    session: _builtins.str
     @_builtins.property
     def action(self) -> _action_pb2.Action: ...
     def __init__(
@@ -206,10 +226,12 @@ class StreamActionTokensRequest(_message.Message):
         spiffe_id: _builtins.str = ...,
         dpop: _builtins.str = ...,
         message_id: _builtins.int = ...,
+        ticket: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "dpop", b"dpop", "message_id", b"message_id", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "dpop", b"dpop", "message_id", b"message_id", "session", b"session", "spiffe_id", b"spiffe_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

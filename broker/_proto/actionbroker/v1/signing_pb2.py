@@ -26,7 +26,7 @@ from broker._proto.actionbroker.v1 import action_pb2 as actionbroker_dot_v1_dot_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x63tionbroker/v1/signing.proto\x12\x0f\x61\x63tionbroker.v1\x1a\x1c\x61\x63tionbroker/v1/action.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x01\n\x1aRequestSigningGrantRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x12\n\nprovenance\x18\x02 \x03(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\"r\n\x0cSigningGrant\x12\r\n\x05grant\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08grant_id\x18\x03 \x01(\t\x12\x11\n\tcsr_nonce\x18\x04 \x01(\t\"c\n\x1bRequestSigningGrantResponse\x12,\n\x05grant\x18\x01 \x01(\x0b\x32\x1d.actionbroker.v1.SigningGrant\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"n\n\x0bSignRequest\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x16\n\x0eidempotency_id\x18\x02 \x01(\t\x12\x11\n\tstatement\x18\x03 \x01(\x0c\x12\x12\n\nprovenance\x18\x04 \x03(\x0c\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"\x8b\x01\n\x0cSignResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x19\n\x11\x63\x65rtificate_chain\x18\x02 \x03(\x0c\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x11\n\ttimestamp\x18\x04 \x01(\x0c\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x06 \x01(\t\"{\n\x1eIssueSigningCertificateRequest\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x16\n\x0eidempotency_id\x18\x02 \x01(\t\x12\x0b\n\x03\x63sr\x18\x03 \x01(\x0c\x12\x12\n\nprovenance\x18\x04 \x03(\x0c\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"T\n\x1fIssueSigningCertificateResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x63tionbroker/v1/signing.proto\x12\x0f\x61\x63tionbroker.v1\x1a\x1c\x61\x63tionbroker/v1/action.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x01\n\x1aRequestSigningGrantRequest\x12\'\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x17.actionbroker.v1.Action\x12\x12\n\nprovenance\x18\x02 \x03(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x11\n\tspiffe_id\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\t\"r\n\x0cSigningGrant\x12\r\n\x05grant\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08grant_id\x18\x03 \x01(\t\x12\x11\n\tcsr_nonce\x18\x04 \x01(\t\"c\n\x1bRequestSigningGrantResponse\x12,\n\x05grant\x18\x01 \x01(\x0b\x32\x1d.actionbroker.v1.SigningGrant\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\t\"n\n\x0bSignRequest\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x16\n\x0eidempotency_id\x18\x02 \x01(\t\x12\x11\n\tstatement\x18\x03 \x01(\x0c\x12\x12\n\nprovenance\x18\x04 \x03(\x0c\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"\x8b\x01\n\x0cSignResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x19\n\x11\x63\x65rtificate_chain\x18\x02 \x03(\x0c\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x11\n\ttimestamp\x18\x04 \x01(\x0c\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x06 \x01(\t\"{\n\x1eIssueSigningCertificateRequest\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x16\n\x0eidempotency_id\x18\x02 \x01(\t\x12\x0b\n\x03\x63sr\x18\x03 \x01(\x0c\x12\x12\n\nprovenance\x18\x04 \x03(\x0c\x12\x11\n\tspiffe_id\x18\x05 \x01(\t\"T\n\x1fIssueSigningCertificateResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63orrelation_id\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'actionbroker.v1.signing_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REQUESTSIGNINGGRANTREQUEST']._serialized_start=114
-  _globals['_REQUESTSIGNINGGRANTREQUEST']._serialized_end=242
-  _globals['_SIGNINGGRANT']._serialized_start=244
-  _globals['_SIGNINGGRANT']._serialized_end=358
-  _globals['_REQUESTSIGNINGGRANTRESPONSE']._serialized_start=360
-  _globals['_REQUESTSIGNINGGRANTRESPONSE']._serialized_end=459
-  _globals['_SIGNREQUEST']._serialized_start=461
-  _globals['_SIGNREQUEST']._serialized_end=571
-  _globals['_SIGNRESPONSE']._serialized_start=574
-  _globals['_SIGNRESPONSE']._serialized_end=713
-  _globals['_ISSUESIGNINGCERTIFICATEREQUEST']._serialized_start=715
-  _globals['_ISSUESIGNINGCERTIFICATEREQUEST']._serialized_end=838
-  _globals['_ISSUESIGNINGCERTIFICATERESPONSE']._serialized_start=840
-  _globals['_ISSUESIGNINGCERTIFICATERESPONSE']._serialized_end=924
+  _globals['_REQUESTSIGNINGGRANTREQUEST']._serialized_end=275
+  _globals['_SIGNINGGRANT']._serialized_start=277
+  _globals['_SIGNINGGRANT']._serialized_end=391
+  _globals['_REQUESTSIGNINGGRANTRESPONSE']._serialized_start=393
+  _globals['_REQUESTSIGNINGGRANTRESPONSE']._serialized_end=492
+  _globals['_SIGNREQUEST']._serialized_start=494
+  _globals['_SIGNREQUEST']._serialized_end=604
+  _globals['_SIGNRESPONSE']._serialized_start=607
+  _globals['_SIGNRESPONSE']._serialized_end=746
+  _globals['_ISSUESIGNINGCERTIFICATEREQUEST']._serialized_start=748
+  _globals['_ISSUESIGNINGCERTIFICATEREQUEST']._serialized_end=871
+  _globals['_ISSUESIGNINGCERTIFICATERESPONSE']._serialized_start=873
+  _globals['_ISSUESIGNINGCERTIFICATERESPONSE']._serialized_end=957
 # @@protoc_insertion_point(module_scope)

@@ -28,10 +28,15 @@ class RequestSigningGrantRequest(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in RequestActionTokenRequest; for approvals."""
     spiffe_id: _builtins.str
     """Which identity to act as, where SPIRE gives the process more than one."""
+    ticket: _builtins.str
+    """As in RequestActionTokenRequest."""
+    session: _builtins.str
     @_builtins.property
     def action(self) -> _action_pb2.Action:
         """Its audience is the broker's issuer. Its parameters have a member "signing":
@@ -55,10 +60,12 @@ class RequestSigningGrantRequest(_message.Message):
         provenance: _abc.Iterable[_builtins.bytes] | None = ...,
         request_id: _builtins.str = ...,
         spiffe_id: _builtins.str = ...,
+        ticket: _builtins.str = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "provenance", b"provenance", "request_id", b"request_id", "spiffe_id", b"spiffe_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "provenance", b"provenance", "request_id", b"request_id", "session", b"session", "spiffe_id", b"spiffe_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
