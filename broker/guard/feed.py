@@ -121,7 +121,9 @@ class ScopeFeed:
             return False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(KEY_PATIENCE):
-                await self.ready()
+                while not (self._connected and self.is_fresh):  # what was heard before it broke off is no newer
+                    self._ready.clear()
+                    await self._ready.wait()
                 return True
         return False
 

@@ -42,7 +42,7 @@ from broker.identity.peer import read_process
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?P<language>\w*)(?P<said>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python": [sys.executable], "bash": ["sh", "-eu"]}
-WITHOUT_RUN = {"output", "base", "shown", "spire"}
+WITHOUT_RUN = {"output", "base", "shown", "spire", "guard"}
 SUDO = """#!/bin/sh
 [ "$1" = -u ] || exit 64
 export EXAMPLE_AS="release-managers/$2"

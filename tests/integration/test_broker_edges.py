@@ -85,6 +85,7 @@ async def test_reflection_tells_a_plain_client_the_api(whole: Whole) -> None:
             assert {one.name for one in listed.list_services_response.service} == {
                 SERVICE,
                 "actionbroker.v1.Approvals",
+                "actionbroker.v1.Scope",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
             }

@@ -106,7 +106,7 @@ async def test_an_expired_token_is_refused_by_check(whole: Whole, wire: Wire) ->
 
 
 async def test_check_decides_by_the_policy_of_now(whole: Whole, wire: Wire) -> None:
-    """The policy changes back before the test ends."""
+    """The policy changes back before the test ends; what was refused does not come back with it."""
     file = whole.broker.folder / "policy" / "orders.cedar"
     token, single = await wire.token("orders.once"), await wire.token("orders.charge")
     assert await wire.check(token, "orders.once") == ""
@@ -126,7 +126,10 @@ async def test_check_decides_by_the_policy_of_now(whole: Whole, wire: Wire) -> N
     finally:
         file.write_text(POLICY)
         whole.broker.process.send_signal(signal.SIGHUP)
-        await eventually(lambda: wire.check(token, "orders.once"), "")
+        await eventually(lambda: wire.reason("orders.once"), "")
+    assert await wire.check(token, "orders.once") == Reason.DENIED
+    assert (await wire.redeem(single, "idempotency-id-1")).reason == Reason.DENIED
+    assert await wire.check(await wire.token("orders.once"), "orders.once") == ""
     await until(lambda: "action_broker_policy_reload_failed 0.0" in whole.get("/metrics")[1], "mended")
 
 

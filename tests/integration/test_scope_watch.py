@@ -1,6 +1,7 @@
 """Scope.Watch over mutual TLS: who is told, what, for how long, and who is cut off."""
 
 import asyncio
+import contextlib
 
 import grpc
 import pytest
@@ -132,21 +133,25 @@ async def test_no_caller_takes_all_places_of_watchers(*, guards: bool) -> None:
                 assert await told(more.watch(ORDERS))
 
 
-async def test_who_guards_nothing_takes_no_place_of_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_guards_nothing_takes_no_place_of_a_guard() -> None:
     """Any workload may watch its own name. However many do, whoever guards something still listens."""
-    monkeypatch.setattr(grpc_scope, "MAX_IDLE_WATCHERS", 4)
+    each, whole_lot = grpc_scope.MAX_IDLE_WATCHERS_OF_ONE, grpc_scope.MAX_IDLE_WATCHERS
     with whole_broker(limits=UNLIMITED) as whole:
-        async with watcher(whole) as orders, watcher(whole, "service/other") as other, whole.wire() as wire:
+        async with contextlib.AsyncExitStack() as stack:
+            orders = await stack.enter_async_context(watcher(whole))
+            wire = await stack.enter_async_context(whole.wire())
             assert await wire.token("orders.longest"), "somebody asks credentials for orders"
             idle = []
-            for _ in range(4):
-                idle.append(other.watch(OTHER))
-                assert await told(idle[-1])
-            async with watcher(whole, "service/third") as third:
-                refused = await ended(third.watch("spiffe://acme.test/service/third"))
-                assert refused == (Reason.QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            for number in range(whole_lot // each):
+                name = f"service/idle-{number}"
+                one = await stack.enter_async_context(watcher(whole, name))
+                idle += [one.watch(f"spiffe://acme.test/{name}") for _ in range(each)]
+                for call in idle[-each:]:
+                    assert await told(call)
+            late = await stack.enter_async_context(watcher(whole, "service/late"))
+            refused = await ended(late.watch("spiffe://acme.test/service/late"))
+            assert refused == (Reason.QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
             assert await told(orders.watch(ORDERS))
-            assert await told(orders.watch(ORDERS)), "nor do guards have their places among those"
 
 
 def _places(whole: Whole) -> int:

@@ -16,6 +16,7 @@ from tools.missing_parts import NEEDS
 
 from broker.cli import main
 from broker.cli.config import Config
+from broker.cli.guard_config import load as load_guard
 from broker.cli.trust_file import TrustFile
 from broker.decision.declarations import BASE_SCHEMA
 from broker.decision.obligations import _KNOWN as ANNOTATIONS
@@ -170,6 +171,14 @@ def test_configuration_that_is_shown_and_not_run_is_valid() -> None:
             TrustFile(**one)
         else:
             Config(issuer="https://b.test", trust_domain="b.test", **one)
+
+
+def test_configuration_of_a_guard_that_is_shown_is_valid(tmp_path: Path) -> None:
+    shown_blocks = re.findall(r"^```toml guard\n(.*?)^```$", README + API, re.MULTILINE | re.DOTALL)
+    assert shown_blocks
+    for text in shown_blocks:
+        (tmp_path / "guard.toml").write_text(text)
+        assert load_guard(tmp_path / "guard.toml").rules
 
 
 def test_the_table_of_record_kinds_has_every_kind_with_its_fields() -> None:

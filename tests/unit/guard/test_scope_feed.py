@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from support.exchanging import steps
 from support.issuer import AUDIENCE, ISSUER, Issuer, guard_for
 from support.lives import claims_of, live
 from support.processes import PATIENCE_S, until
@@ -176,6 +177,9 @@ async def test_an_unknown_key_waits_for_a_feed_that_is_being_opened_again_and_fo
         broker.says(None)
         await until(lambda: len(broker.asked) == 2, "it comes back")
         waiting = asyncio.create_task(feed.refetch())
+        await steps(20)
+        assert feed.is_fresh, "what was heard before still counts"
+        assert not waiting.done(), "but says nothing of keys that came since"
         broker.says(broker.message(0, 0))
         async with asyncio.timeout(PATIENCE_S):
             assert await waiting is True
