@@ -283,7 +283,13 @@ async def test_its_end_bounds_what_it_gave_and_then_it_gives_nothing(tmp_path: P
         assert token.claims.expires_at <= ends
         found.parts.ahead = timedelta(seconds=31)
         assert await found.reason(CLOSED) == Reason.DENIED
+
+
+async def test_it_is_forgotten_when_its_time_has_passed(tmp_path: Path) -> None:
+    async with operating(tmp_path) as found:
+        await found.permitted(found.emergency(until=(found.now() + timedelta(seconds=3)).replace(microsecond=0)))
         await until(lambda: found.scope.standing.permits() == 0, "it is forgotten")
+        assert await found.reason(CLOSED) == Reason.DENIED
 
 
 async def test_lifted_it_takes_what_it_gave_with_it(tmp_path: Path) -> None:
